@@ -1,0 +1,77 @@
+"""qatana: train on the integers you ship.
+
+recipe = qatana.recipe("ort:int8").skip("classifier")
+plan = qatana.plan(model, recipe, example_inputs)
+model = qatana.prepare(model, plan)
+qatana.calibrate(model, loader)
+...                                   # train, with qatana.Controller
+artifact = qatana.convert(model)
+qatana.export(artifact, "model.onnx")
+qatana.verify(model, artifact, "model.onnx", batches).raise_on_difference()
+"""
+
+from qatana.artifact import Artifact
+from qatana.calibrate import calibrate
+from qatana.convert import convert, integer_model
+from qatana.errors import DataError, ModelError, QatanaError, RecipeError
+from qatana.export import export, export_float
+from qatana.numerics import Scheme, scheme
+from qatana.prepare import plan, prepare
+from qatana.quantizer import Quantizer, quantizers
+from qatana.recipe import TARGETS, Plan, Recipe, Rule, recipe
+from qatana.report import ReportData, measure, render
+from qatana.train import (
+    Controller,
+    History,
+    Training,
+    TrainingError,
+    distillation_loss,
+    fit,
+    parameter_groups,
+    preset,
+    training_of,
+)
+from qatana.verify import Certificate, latency, open_file, run_file, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "TARGETS",
+    "Artifact",
+    "Certificate",
+    "Controller",
+    "DataError",
+    "History",
+    "ModelError",
+    "Plan",
+    "QatanaError",
+    "Quantizer",
+    "Recipe",
+    "RecipeError",
+    "ReportData",
+    "Rule",
+    "Scheme",
+    "Training",
+    "TrainingError",
+    "calibrate",
+    "convert",
+    "distillation_loss",
+    "export",
+    "export_float",
+    "fit",
+    "integer_model",
+    "latency",
+    "measure",
+    "open_file",
+    "parameter_groups",
+    "plan",
+    "prepare",
+    "preset",
+    "quantizers",
+    "recipe",
+    "render",
+    "run_file",
+    "scheme",
+    "training_of",
+    "verify",
+]

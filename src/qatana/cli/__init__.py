@@ -1,0 +1,5 @@
+"""The flow in the shell: `qatana plan | calibrate | train | convert | export | verify | report | run | demo`."""
+
+from qatana.cli.app import app
+
+__all__ = ["app"]

@@ -1,0 +1,116 @@
+"""convert: the integer model of a trained QAT model, captured as a graph of integer operators, in an Artifact."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.graph import CodeGen
+
+from qatana.artifact import Artifact
+from qatana.batch import split_inputs
+from qatana.convert.layers import CONVERTERS
+from qatana.convert.simplify import simplify
+from qatana.errors import ModelError
+from qatana.quantizer import quantizers
+from qatana.recipe import Plan
+
+
+def integer_model(model: nn.Module) -> nn.Module:
+    """A copy of a QAT model in eval mode whose quantized layers are integer layers; the QAT model is not touched.
+
+    Raises: ModelError if it was not calibrated."""
+    found = quantizers(model)
+    if not found:
+        raise ModelError("the model has no quantizers; call qatana.prepare(model, plan) first")
+    copied = copy.deepcopy(model).eval()
+    for name, layer in list(copied.named_modules()):
+        converter = CONVERTERS.get(type(layer))
+        if converter is None or not any(v is not None for k, v in _slots(layer)):
+            continue
+        parent, _, leaf = name.rpartition(".")
+        with torch.no_grad():
+            setattr(copied.get_submodule(parent) if parent else copied, leaf, converter(layer))
+    return copied
+
+
+def _slots(layer: nn.Module) -> list[tuple[str, Any]]:
+    return [(key, getattr(layer, key, None)) for key in dir(layer) if key.endswith("_quantizer")]
+
+
+def convert(model: nn.Module, example_inputs: Any = None) -> Artifact:
+    """The Artifact of a trained model: integer codes, parameters, the plan, and the graph of integer operators.
+
+    example_inputs  default: those of the plan. Dimension 0 (batch) and, for token ids, dimension 1 (sequence) stay
+                    free."""
+    plan: Plan = getattr(model, "qatana_plan", None) or getattr(model, "meta", {}).get("qatana_plan")  # type: ignore[assignment]
+    if plan is None:
+        raise ModelError("the model carries no plan; convert takes the model that qatana.prepare returned")
+    args, kwargs = plan.example_inputs if example_inputs is None else split_inputs(example_inputs, model)
+    graph_module = capture_integers(integer_model(model), args, kwargs)
+    return Artifact.from_graph(graph_module, plan)
+
+
+class _Positional(nn.Module):
+    """A model called with its example arguments by position, returning plain tensors (Hugging Face outputs: the
+    logits)."""
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *args: Any) -> Any:
+        count = len(args) - len(self.names)
+        return plain_outputs(self.model(*args[:count], **dict(zip(self.names, args[count:], strict=True))))
+
+
+def plain_outputs(out: Any) -> Any:
+    """The logits of a Hugging Face output, its first tensor where it has none, or the tensors themselves."""
+    if hasattr(out, "items"):
+        return out["logits"] if "logits" in out else next(v for v in out.values() if isinstance(v, torch.Tensor))
+    return out
+
+
+def capture_integers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+    """The graph of a converted model, its inputs named like the model's arguments.
+
+    torch.export with a free batch (it needs two examples: one is taken for a constant) and a free sequence."""
+    inputs = tuple(_two(x.cpu()) for x in (*args, *kwargs.values()))
+    shapes = {"args": tuple(_free(x) for x in inputs)}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # third-party deprecations inside torch.export and transformers
+        program = torch.export.export(
+            _Positional(model.cpu(), list(kwargs)), inputs, dynamic_shapes=shapes, strict=False
+        )
+        graph_module = program.module(check_guards=False)
+    _name_inputs(graph_module.graph, input_names(args, kwargs))
+    simplify(graph_module)
+    return graph_module
+
+
+def input_names(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """Names of the file's inputs: those of keyword arguments, "input" (or "input_0" ...) for positional ones."""
+    positional = ["input"] if len(args) == 1 else [f"input_{i}" for i in range(len(args))]
+    return [*positional, *kwargs]
+
+
+def _name_inputs(graph: fx.Graph, names: list[str]) -> None:
+    graph.set_codegen(CodeGen())
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, name in zip(placeholders, names, strict=True):
+        node.target = node.name = name
+    for node in graph.nodes:
+        if node.op == "output" and isinstance(node.args[0], (tuple, list)) and len(node.args[0]) == 1:
+            node.args = (node.args[0][0],)
+
+
+def _two(x: torch.Tensor) -> torch.Tensor:
+    return torch.cat([x, x]) if x.ndim and x.shape[0] == 1 else x
+
+
+def _free(x: torch.Tensor) -> Any:
+    dynamic = torch.export.Dim.DYNAMIC
+    return {0: dynamic, 1: dynamic} if x.ndim == 2 and not x.is_floating_point() else {0: dynamic}

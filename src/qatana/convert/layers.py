@@ -1,0 +1,138 @@
+"""One converter per QAT layer: the integer layer that computes the same codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qatana.errors import ExportError
+from qatana.nn.attention import AttentionProducts
+from qatana.nn.conv import Conv
+from qatana.nn.elementwise import Add, GlobalAveragePool
+from qatana.nn.embedding import Embedding
+from qatana.nn.integer import (
+    BlockLinear,
+    Codes,
+    DynamicLinear,
+    IntegerAdd,
+    IntegerAttention,
+    IntegerConv,
+    IntegerEmbedding,
+    IntegerGlobalAveragePool,
+    IntegerLinear,
+)  # fmt: skip
+from qatana.nn.linear import Linear, is_static_tensor
+from qatana.numerics import IntFormat, pack
+from qatana.quantizer import Quantizer
+
+
+def weight_codes(quantizer: Quantizer, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Signed codes (block view) and scale of a weight as it ships."""
+    scale, zero = quantizer.weight_parameters(weight)
+    if bool((zero != 0).any()):
+        raise ExportError(f"{quantizer.name}: weights with a zero point cannot ship in this target; use symmetric=True")
+    levels, scale = quantizer.weight_levels(weight)
+    return levels.to(torch.int8), scale.float()
+
+
+def convert_linear(layer: Linear) -> nn.Module:
+    """The integer form by the scheme of the input: static, dynamic per tensor, or per block."""
+    w, x = layer.weight_quantizer, layer.input_quantizer
+    if w is None or x is None:
+        raise ExportError(
+            f"{w.name if w else x.name if x else 'a linear layer'}: a linear layer ships with both weight and input quantized, or float"
+        )
+    codes, scale = weight_codes(w, layer.weight)
+    bias = None if layer.bias is None else layer.bias.detach().float().clone()
+    if w.scheme.granularity.kind == "group":
+        if x.scheme.granularity != w.scheme.granularity:
+            raise ExportError(f"{x.name}: MatMulNBits quantizes inputs in the weight's groups ({w.scheme.granularity})")
+        bits, size = w.scheme.format.stored_bits, w.scheme.granularity.size
+        packed = pack_unsigned(codes, bits)
+        return BlockLinear(packed, scale.squeeze(-1), bias, bits, size)
+    scale = scale.reshape(-1).expand(codes.shape[0]).contiguous()
+    if not is_static_tensor(x):
+        return DynamicLinear(codes, scale, bias)
+    term = None if bias is None else _bias(layer.engine, bias, x.affine().scale * scale)
+    y = None if layer.output_quantizer is None else Codes(layer.output_quantizer)
+    return IntegerLinear(codes, scale, term, Codes(x), y)
+
+
+def pack_unsigned(codes: Tensor, bits: int) -> Tensor:
+    """Signed codes as unsigned ones with zero point 2^(bits-1), packed low bits first along the last dimension."""
+    unsigned = (codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8)
+    return pack(unsigned, IntFormat(bits, signed=False))
+
+
+def _bias(engine: Any, bias: Tensor, s32: Tensor) -> Tensor:
+    term = engine.bias_term(bias, s32)
+    return term.to(torch.int32) if engine.integer_bias else term
+
+
+def convert_conv(layer: Conv) -> nn.Module:
+    """The folded weight and bias on integers."""
+    w, x, y = layer.weight_quantizer, layer.input_quantizer, layer.output_quantizer
+    if w is None or x is None or y is None:
+        raise ExportError(
+            "a convolution ships with weight, input and output quantized, or float: check the recipe's rules"
+        )
+    if layer.relu and int(y.zero_point) != y.scheme.format.lo:
+        raise ExportError(
+            f"{y.name}: the output of a ReLU needs its zero point at the lowest code {y.scheme.format.lo}"
+        )
+    weight, bias, _ = layer.folded()
+    codes, scale = weight_codes(w, weight.detach())
+    scale = scale.reshape(-1).expand(codes.shape[0]).contiguous()
+    term = None if bias is None else _bias(layer.engine, bias.detach(), x.affine().scale * scale)
+    return IntegerConv(
+        codes, scale, term, Codes(x), Codes(y), (layer.stride, layer.padding, layer.dilation, layer.groups)
+    )
+
+
+def convert_embedding(layer: Embedding) -> nn.Module:
+    """The table as codes, packed below 8 bits."""
+    assert layer.weight_quantizer is not None
+    codes, scale = weight_codes(layer.weight_quantizer, layer.weight.detach())
+    bits = layer.weight_quantizer.scheme.format.stored_bits
+    size = layer.weight_quantizer.scheme.granularity.size or layer.embedding_dim
+    codes = codes.reshape(layer.num_embeddings, -1)
+    stored = codes if bits == 8 else pack_unsigned(codes, bits)
+    return IntegerEmbedding(stored.contiguous(), scale.reshape(layer.num_embeddings, -1).contiguous(), bits, size)
+
+
+def convert_add(layer: Add) -> nn.Module:
+    """A sum on codes."""
+    return IntegerAdd(*_slots(layer, "input", "other", "output"))
+
+
+def convert_pool(layer: GlobalAveragePool) -> nn.Module:
+    """A mean on codes."""
+    return IntegerGlobalAveragePool(*_slots(layer, "input", "output"))
+
+
+def convert_attention(layer: AttentionProducts) -> nn.Module:
+    """Both products of attention on codes."""
+    return IntegerAttention(*_slots(layer, "query", "key", "probability", "value", "context"))
+
+
+def _slots(layer: nn.Module, *roles: str) -> list[Codes]:
+    found = {role: getattr(layer, f"{role}_quantizer") for role in roles}
+    missing = [role for role, quantizer in found.items() if quantizer is None]
+    if missing:
+        raise ExportError(
+            f"{type(layer).__name__}: {', '.join(missing)} not quantized; an integer operator needs all of {', '.join(roles)}"
+        )
+    return [Codes(quantizer) for quantizer in found.values()]
+
+
+CONVERTERS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
+    Linear: convert_linear,
+    Conv: convert_conv,
+    Embedding: convert_embedding,
+    Add: convert_add,
+    GlobalAveragePool: convert_pool,
+    AttentionProducts: convert_attention,
+}

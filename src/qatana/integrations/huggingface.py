@@ -1,0 +1,130 @@
+"""Quantization-aware training inside the Hugging Face Trainer: a schedule callback, a distillation loss.
+
+    callback = QatanaCallback(freeze_batch_norm_at=0.7)
+    distill = Distillation(model, teacher, share=0.5)                 # optional
+    groups = qatana.parameter_groups(model, lr=5e-5, weight_decay=0.01)
+    trainer = Trainer(model, args, callbacks=[callback], compute_loss_func=distill,
+                      optimizers=(torch.optim.AdamW(groups), None), ...)
+
+The Trainer's own optimizer would decay learned scales, hence `parameter_groups`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import qatana as qt
+from qatana.errors import require
+
+require("transformers", "hf")
+
+from transformers import TrainerCallback  # noqa: E402
+from transformers.trainer_callback import ExportableState  # noqa: E402
+
+IGNORE = -100
+
+
+class QatanaCallback(TrainerCallback, ExportableState):
+    """Drives a `qatana.Controller` over the Trainer's optimizer steps.
+
+    float_steps, freeze_ranges_at, freeze_batch_norm_at    as in `qatana.Controller`: steps (int) or shares of
+    max_steps (float). The state goes into each checkpoint's trainer_state.json, and a training resumed from it
+    goes on with it; scales and ranges are in the model's state_dict, which the Trainer saves.
+    Raises: TrainingError, ModelError as the Controller does, when training begins."""
+
+    def __init__(
+        self,
+        float_steps: int | float = 0,
+        freeze_ranges_at: int | float | None = 0,
+        freeze_batch_norm_at: int | float | None = 2 / 3,
+    ) -> None:
+        self.schedule = {
+            "float_steps": float_steps,
+            "freeze_ranges_at": freeze_ranges_at,
+            "freeze_batch_norm_at": freeze_batch_norm_at,
+        }
+        self.controller: qt.Controller | None = None
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        save_shared_quantizers_once(kwargs["model"])
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        save_shared_quantizers_once(kwargs["model"])
+        self.controller = qt.Controller(kwargs["model"], state.max_steps, **self.schedule)
+        saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
+        if isinstance(saved, list):
+            saved = saved[0]
+        if saved and saved["attributes"]["saved"]:
+            self.controller.load_state_dict(saved["attributes"]["saved"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.controller is not None
+        self.controller.step()
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer writes into trainer_state.json."""
+        saved = None if self.controller is None else self.controller.state_dict()
+        return {"args": dict(self.schedule), "attributes": {"saved": saved}}
+
+
+def save_shared_quantizers_once(model: Any) -> None:
+    """Let `save_pretrained` write a quantizer that several layers share under its first name only.
+
+    Layers that read the same tensor (query, key, value) share one quantizer, and `save_pretrained` refuses
+    tensors that appear twice. Loading into a prepared model needs one name, the others being the same tensors.
+    No effect on other models."""
+    if not hasattr(model, "_keys_to_ignore_on_save"):
+        return
+    seen: set[int] = set()
+    again: set[str] = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, qt.Quantizer):
+            if id(module) in seen:
+                again |= {f"{name}.{key}" for key in module.state_dict()}
+            seen.add(id(module))
+    model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *again}
+
+
+class Distillation:
+    """A `compute_loss_func`:  (1 - share) * cross entropy + share * T^2 KL(teacher || student).
+
+    The Trainer hands over outputs and labels only, so a hook on the model keeps the inputs of the last forward
+    for the teacher. Both terms are sums over the labelled positions divided by `num_items_in_batch`, so gradient
+    accumulation stays exact.
+    Shapes: logits (B, classes) or (B, T, classes); labels (B,) or (B, T), -100 where a position does not count.
+    Raises: DataError if the batch has no labels."""
+
+    def __init__(self, model: nn.Module, teacher: nn.Module, *, share: float = 0.5, temperature: float = 1.0) -> None:
+        self.teacher, self.share, self.temperature = teacher.eval(), share, temperature
+        self.is_causal = type(model).__name__.endswith("ForCausalLM")
+        self._inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self._handle = model.register_forward_pre_hook(self._keep, with_kwargs=True)
+
+    def _keep(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        dropped = ("labels", "num_items_in_batch")
+        self._inputs = (args, {name: value for name, value in kwargs.items() if name not in dropped})
+
+    def __call__(self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """The loss of one batch, a scalar."""
+        if labels is None:
+            raise qt.DataError(
+                "distillation mixes with the task's loss and needs 'labels' in each batch; add them to the data set"
+            )
+        (args, kwargs), self._inputs = self._inputs, ((), {})
+        logits = outputs["logits"]
+        with torch.no_grad():
+            taught = self.teacher.to(logits.device)(*args, **kwargs)["logits"]
+        if self.is_causal:
+            labels = F.pad(labels[..., 1:], (0, 1), value=IGNORE)
+        used = labels != IGNORE
+        task = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+        divergence = qt.distillation_loss(logits, taught, mask=used, temperature=self.temperature) * used.sum()
+        items = used.sum() if num_items_in_batch is None else num_items_in_batch
+        return ((1 - self.share) * task + self.share * divergence) / items
+
+    def remove(self) -> None:
+        """Take the hook off the model."""
+        self._handle.remove()

@@ -1,0 +1,75 @@
+"""The two products of attention on integers: scores = q k^T and context = softmax(scores) v."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qatana.numerics import accumulate
+from qatana.numerics import engine as engine_named
+from qatana.quantizer import Quantizer
+
+
+class AttentionProducts(nn.Module):
+    """context = softmax(scaling * q k^T + mask) v.   q (B, H, Q, D), k and v (B, H, T, D), mask broadcast to (B, H,
+    Q, T).
+
+    Slots: query_quantizer, key_quantizer, probability_quantizer, value_quantizer, context_quantizer. The scaling is
+    part of the query's scale, f32(s_q * scaling), so the scores leave the integer product ready for the softmax,
+    which stays float (an integer softmax is 19-26 times slower in ONNX Runtime)."""
+
+    def __init__(self, engine: str) -> None:
+        super().__init__()
+        self.engine = engine_named(engine)
+        self.query_quantizer: Quantizer | None = None
+        self.key_quantizer: Quantizer | None = None
+        self.probability_quantizer: Quantizer | None = None
+        self.value_quantizer: Quantizer | None = None
+        self.context_quantizer: Quantizer | None = None
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float = 0.0
+    ) -> Tensor:
+        scores = self._scores(query, key, scaling)
+        if mask is not None:
+            scores = scores + mask
+        probabilities = torch.softmax(scores, dim=-1)
+        probabilities = nn.functional.dropout(probabilities, dropout, self.training)
+        return self._context(probabilities, value)
+
+    def _scores(self, query: Tensor, key: Tensor, scaling: float) -> Tensor:
+        qq, qk = self.query_quantizer, self.key_quantizer
+        if not (qq and qk and qq.enabled and qk.enabled):
+            query = query if qq is None else qq(query)
+            key = key if qk is None else qk(key)
+            return torch.matmul(query, key.transpose(-1, -2)) * scaling
+        for quantizer, x in ((qq, query), (qk, key)):
+            if quantizer.observing:
+                quantizer.observe(x.detach())
+        q, q_scale, _ = qq.activation_levels(query)
+        k, k_scale, _ = qk.activation_levels(key)
+        acc = accumulate.matmul(q, k.transpose(-1, -2), 255, 255)
+        return self.engine.linear(acc, (q_scale * scaling) * k_scale, None)
+
+    def _context(self, probabilities: Tensor, value: Tensor) -> Tensor:
+        qp, qv, qc = self.probability_quantizer, self.value_quantizer, self.context_quantizer
+        if not (qp and qv and qp.enabled and qv.enabled):
+            probabilities = probabilities if qp is None else qp(probabilities)
+            value = value if qv is None else qv(value)
+            context = torch.matmul(probabilities, value)
+            return context if qc is None else qc(context)
+        if qv.observing:
+            qv.observe(value.detach())
+        p, p_scale, _ = qp.activation_levels(probabilities)
+        v, v_scale, _ = qv.activation_levels(value)
+        acc = accumulate.matmul(p, v, 255, 255)
+        s32 = p_scale * v_scale
+        if qc is None or not qc.enabled:
+            context = self.engine.linear(acc, s32, None)
+            return context if qc is None else qc(context)
+        if qc.observing:
+            qc.observe(self.engine.linear(acc, s32, None).detach())
+        parameters = qc.affine()
+        context = self.engine.linear_levels(acc, s32, None, parameters)
+        qc.record(context, parameters.zero_point)
+        return context * parameters.scale

@@ -1,0 +1,139 @@
+"""Convolutions with slots, BatchNorm and ReLU folded during training.
+
+The weight that is quantized is the one that ships, folded with the running statistics:
+
+    W' = W * f,   b' = (b - mean) * f + beta,   f = gamma / sqrt(var + eps)
+
+While BatchNorm statistics still move (training, not frozen) the output keeps batch statistics, as in training without
+quantization:  y = BatchNorm(conv(x_hat, W'_hat) / f)  (Krishnamoorthi 2018, section 3.2.2; torchao's form). Frozen, or in
+eval, the layer computes exactly what the integer file computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qatana.errors import ModelError
+from qatana.numerics import accumulate
+from qatana.numerics import engine as engine_named
+from qatana.quantizer import Quantizer
+
+SMALLEST_FACTOR = 1e-8
+
+
+class Conv(nn.Module):
+    """1-D or 2-D convolution by the rank of the float layer, optionally followed by BatchNorm and ReLU.
+
+    x (B, C, *space), W (N, C / groups, *kernel), y (B, N, *space'). Slots: weight_quantizer, input_quantizer,
+    output_quantizer. The float layers keep their places and state_dict keys: `batch_norm` is referred to, not owned."""
+
+    def __init__(self, conv: nn.Module, batch_norm: nn.Module | None, relu: bool, engine: str) -> None:
+        super().__init__()
+        source: Any = conv
+        if source.padding_mode != "zeros":
+            raise ModelError(f"a convolution with padding_mode '{source.padding_mode}' has no integer form; skip it")
+        self.weight, self.bias = source.weight, source.bias
+        self.stride: Sequence[int] = source.stride
+        self.dilation: Sequence[int] = source.dilation
+        self.groups: int = source.groups
+        self.padding: Sequence[int] = _explicit_padding(source)
+        self.relu = relu
+        self.freeze_batch_norm = False
+        self.engine = engine_named(engine)
+        self._batch_norm = (batch_norm,)
+        self.weight_quantizer: Quantizer | None = None
+        self.input_quantizer: Quantizer | None = None
+        self.output_quantizer: Quantizer | None = None
+
+    @property
+    def batch_norm(self) -> Any:
+        return self._batch_norm[0]
+
+    def extra_repr(self) -> str:
+        tail = (", BatchNorm folded" if self.batch_norm is not None else "") + (", ReLU" if self.relu else "")
+        return f"{tuple(self.weight.shape)}, stride={tuple(self.stride)}, padding={tuple(self.padding)}, groups={self.groups}{tail}"
+
+    @property
+    def tail(self) -> tuple[int, ...]:
+        """Shape that broadcasts a value per output channel over an output."""
+        return (-1,) + (1,) * (self.weight.ndim - 2)
+
+    def folded(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """W', b' and f (None without BatchNorm), with running statistics, differentiable in W, b, gamma and beta."""
+        norm = self.batch_norm
+        if norm is None:
+            return self.weight, self.bias, None
+        factor = torch.rsqrt(norm.running_var + norm.eps)
+        factor = factor if norm.weight is None else factor * norm.weight
+        shift = -norm.running_mean if self.bias is None else self.bias - norm.running_mean
+        bias = shift * factor
+        bias = bias if norm.bias is None else bias + norm.bias
+        return self.weight * factor.view(-1, *(1,) * (self.weight.ndim - 1)), bias, factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.batch_norm
+        if norm is not None and self.training and not self.freeze_batch_norm:
+            return self._with_batch_statistics(x)
+        weight, bias, _ = self.folded()
+        w, i, o = self.weight_quantizer, self.input_quantizer, self.output_quantizer
+        if not (w is not None and i is not None and o is not None and w.enabled and i.enabled and o.enabled):
+            return self._finish(self._convolve(self._input(x), self._weight(weight), bias))
+        if i.observing:
+            i.observe(x.detach())
+        levels, x_scale, _ = i.activation_levels(x)
+        w_levels, w_scale = w.weight_levels(weight)
+        bound = i.scheme.format.hi - i.scheme.format.lo
+        acc = accumulate.conv(levels, w_levels, bound, self.stride, self.padding, self.dilation, self.groups)
+        s32 = x_scale * w_scale.reshape(-1)
+        term = None if bias is None else self.engine.bias_term(bias, s32).view(self.tail)
+        s32 = s32.view(self.tail)
+        if o.observing:
+            y = self.engine.linear(acc, s32, term).detach()
+            o.observe(y.relu() if self.relu else y)
+        parameters = o.affine()
+        y = self.engine.conv_levels(acc, s32, term, parameters)
+        if self.relu:
+            y = torch.clamp(y, min=0)
+        o.record(y, parameters.zero_point)
+        return y * parameters.scale
+
+    def _with_batch_statistics(self, x: Tensor) -> Tensor:
+        norm = self.batch_norm
+        weight, _, factor = self.folded()
+        assert factor is not None
+        smallest = torch.where(factor < 0, -SMALLEST_FACTOR, SMALLEST_FACTOR)
+        factor = torch.where(factor.abs() < SMALLEST_FACTOR, smallest, factor)
+        y = self._convolve(self._input(x), self._weight(weight), None) / factor.view(self.tail)
+        if self.bias is not None:
+            y = y + self.bias.view(self.tail)
+        return self._finish(norm(y))
+
+    def _input(self, x: Tensor) -> Tensor:
+        return x if self.input_quantizer is None else self.input_quantizer(x)
+
+    def _weight(self, weight: Tensor) -> Tensor:
+        return weight if self.weight_quantizer is None else self.weight_quantizer(weight)
+
+    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        convolve = F.conv1d if weight.ndim == 3 else F.conv2d
+        return convolve(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[call-overload]
+
+    def _finish(self, y: Tensor) -> Tensor:
+        y = y.relu() if self.relu else y
+        return y if self.output_quantizer is None else self.output_quantizer(y)
+
+
+def _explicit_padding(conv: Any) -> list[int]:
+    """Padding as numbers; "same" is possible where it is symmetric."""
+    if conv.padding == "valid":
+        return [0] * len(conv.kernel_size)
+    if conv.padding == "same":
+        total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        if any(t % 2 for t in total):
+            raise ModelError("a convolution with asymmetric 'same' padding (even kernel) is not supported; skip it")
+        return [t // 2 for t in total]
+    return list(conv.padding)

@@ -1,0 +1,85 @@
+"""Linear layer with slots. What it computes follows from the scheme of its input:
+
+static, per tensor     integers: acc = levels @ weight levels^T exactly, then the engine's formula (int32 bias,
+requantization)
+dynamic, per tensor    integers: the same accumulator with the batch's own scale, float bias added after scaling
+per group, or float    float: F.linear on fake-quantized operands (an engine adds group sums in float, so floats
+differ by ulps)"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qatana.numerics import accumulate
+from qatana.numerics import engine as engine_named
+from qatana.quantizer import Quantizer
+
+
+def is_static_tensor(quantizer: Quantizer | None) -> bool:
+    """Whether a quantizer gives per-tensor codes with parameters known before the batch."""
+    return (
+        quantizer is not None and quantizer.scheme.granularity.kind == "tensor" and quantizer.scheme.scale != "dynamic"
+    )
+
+
+class Linear(nn.Module):
+    """y = x W^T + b with quantized x, W and, optionally, y.   x (*batch, K), W (N, K), y (*batch, N).
+
+    Slots: weight_quantizer, input_quantizer, output_quantizer (any may be None: that tensor stays float). Parameters
+    are those of the float layer, under the same names."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, engine: str = "onnxruntime") -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+        self.out_features, self.in_features = weight.shape
+        self.engine = engine_named(engine)
+        self.weight_quantizer: Quantizer | None = None
+        self.input_quantizer: Quantizer | None = None
+        self.output_quantizer: Quantizer | None = None
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    @property
+    def integer(self) -> bool:
+        """Whether the forward pass runs on integers now."""
+        w, x = self.weight_quantizer, self.input_quantizer
+        return (
+            w is not None and x is not None and w.enabled and x.enabled
+            and x.scheme.granularity.kind == "tensor" and w.scheme.granularity.kind in ("channel", "tensor")
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.integer:
+            return self._float(x)
+        assert self.input_quantizer is not None
+        assert self.weight_quantizer is not None
+        if self.input_quantizer.observing:
+            self.input_quantizer.observe(x.detach())
+        levels, x_scale, _ = self.input_quantizer.activation_levels(x)
+        weight, w_scale = self.weight_quantizer.weight_levels(self.weight)
+        acc = accumulate.linear(
+            levels, weight, self.input_quantizer.scheme.format.hi - self.input_quantizer.scheme.format.lo
+        )
+        s32 = x_scale * w_scale.reshape(-1)
+        if self.input_quantizer.scheme.scale == "dynamic":
+            y = acc.float() * s32
+            return y if self.bias is None else y + self.bias
+        bias = None if self.bias is None else self.engine.bias_term(self.bias, s32)
+        out = self.output_quantizer
+        if out is None or not out.enabled:
+            y = self.engine.linear(acc, s32, bias)
+            return y if out is None else out(y)
+        if out.observing:
+            out.observe(self.engine.linear(acc, s32, bias).detach())
+        parameters = out.affine()
+        y = self.engine.linear_levels(acc, s32, bias, parameters)
+        out.record(y, parameters.zero_point)
+        return y * parameters.scale
+
+    def _float(self, x: Tensor) -> Tensor:
+        x = x if self.input_quantizer is None else self.input_quantizer(x)
+        weight = self.weight if self.weight_quantizer is None else self.weight_quantizer(self.weight)
+        y = F.linear(x, weight, self.bias)
+        return y if self.output_quantizer is None else self.output_quantizer(y)

@@ -1,0 +1,94 @@
+"""Hugging Face attention through its own registry: one attention function, "qatana", that uses a module's AttentionProducts.
+
+Where a model's attention has none (its target leaves attention float) the function computes plain attention, so training, conversion
+and export of a model all run the same code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qatana.nn.attention import AttentionProducts
+
+NAME = "qatana"
+SLOT = "attention_products"
+
+_listener: list[Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], None]] = []
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """The attention function of the registry.   query (B, H, Q, D), key and value (B, H or H/groups, T, D) -> (B, Q, H, D)."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    products = getattr(module, SLOT, None)
+    if products is None:
+        products = _FLOAT
+    context = products(query, key, value, attention_mask, scaling, dropout if module.training else 0.0)
+    context = context.transpose(1, 2).contiguous()
+    for listen in _listener:
+        listen(module, query, key, value, context)
+    return context, None
+
+
+_FLOAT = AttentionProducts("onnxruntime")
+
+
+def has_registry(model: nn.Module) -> bool:
+    """Whether a model takes its attention function from the Hugging Face registry."""
+    return hasattr(model, "set_attn_implementation") and getattr(model, "_supports_attention_backend", False)
+
+
+def use_attention(model: Any) -> None:
+    """Register "qatana" (its mask is the additive one of eager attention) and select it for this model."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, eager_mask)
+    model.set_attn_implementation(NAME)
+
+
+@contextmanager
+def listening(listen: Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], None]) -> Iterator[None]:
+    """Call `listen(module, query, key, value, context)` at every attention inside the block."""
+    _listener.append(listen)
+    try:
+        yield
+    finally:
+        _listener.remove(listen)
+
+
+@contextmanager
+def probing_attention(model: Any) -> Iterator[None]:
+    """Let a Hugging Face model run with the registered function, and give it its own back afterwards."""
+    if "transformers" not in sys.modules or not has_registry(model):
+        yield
+        return
+    before = model.config._attn_implementation
+    use_attention(model)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+@torch.no_grad()
+def run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One forward pass in eval mode, gradients off; the training flags come back as they were."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        return model(*args, **kwargs)
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,158 @@
+"""Quantizer: statistics -> parameters -> codes, for one tensor of a model.
+
+State is plain: `scale`, `zero_point`, `calibrated` and the range's buffers have their final shape from construction,
+so state_dict, deepcopy, pickle and safetensors work, and loading never derives a range again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from qatana.errors import ModelError
+from qatana.numerics import Affine, Scheme, engine, levels, scale_gradient
+from qatana.numerics.dynamic import dynamic_blocks, dynamic_tensor
+from qatana.numerics.parameters import SMALLEST_SCALE
+from qatana.quantizer.ranges import Range, weight_parameters
+
+
+class Quantizer(nn.Module):
+    """Quantizes one activation or weight by a scheme.
+
+    scheme  how; `shape` is the weight's shape (activations: None, their static scale is per tensor)
+    name    full name in the model ("encoder.layer.0.attention.self.query.input"): what `plan`, `verify` and errors say
+    State: scale float32 (a parameter if learned), zero_point float32 integers, calibrated bool, range.*.
+    `enabled` quantizes, `observing` takes part in calibration; both are switches of the training schedule, not state.
+    `tap`, if set, is called with (name, codes) for each tensor quantized: verification listens there."""
+
+    scale: Tensor
+    zero_point: Tensor
+    calibrated: Tensor
+
+    def __init__(
+        self, scheme: Scheme, shape: tuple[int, ...] | None = None, name: str = "", engine_name: str = "onnxruntime"
+    ) -> None:
+        super().__init__()
+        self.scheme, self.name, self.engine = scheme, name, engine(engine_name)
+        self.is_weight = shape is not None
+        if shape is not None:
+            scheme.granularity.check(shape, name)
+        dynamic_activation = scheme.scale == "dynamic" and not self.is_weight
+        scale_shape = () if shape is None else scheme.granularity.scale_shape(shape)
+        self.enabled, self.observing = False, False
+        self.tap: Callable[[str, Tensor], None] | None = None
+        scale, zero = scheme.fixed or (1.0, scheme.zero_point)
+        initial = torch.full(scale_shape, float(scale))
+        if scheme.scale == "learned" and scheme.fixed is None:
+            self.scale = nn.Parameter(initial)
+        else:
+            self.register_buffer("scale", initial)
+        self.register_buffer("zero_point", torch.full(scale_shape, float(zero)))
+        self.register_buffer("calibrated", torch.tensor(scheme.fixed is not None or dynamic_activation))
+        self.needs_range = not self.is_weight and scheme.scale != "dynamic" and scheme.fixed is None
+        self.range = Range(scheme, scale_shape) if self.needs_range else None
+
+    @property
+    def learned(self) -> bool:
+        return isinstance(self.scale, nn.Parameter)
+
+    def extra_repr(self) -> str:
+        return f"{self.scheme}"
+
+    # -- calibration -----------------------------------------------------------------------------------------------
+    def observe(self, x: Tensor) -> None:
+        """Take one batch of an activation into account (no effect on weights and on fixed or dynamic scales)."""
+        if self.range is not None:
+            self.range.update(x, self.name)
+
+    @torch.no_grad()
+    def settle(self, weight: Tensor | None = None) -> None:
+        """Set scale and zero point: of an activation from what was observed, of a weight from its values.
+
+        Raises: ModelError if nothing was observed."""
+        if self.is_weight:
+            assert weight is not None
+            scale, zero = weight_parameters(weight, self.scheme)
+        elif self.range is not None:
+            if int(self.range.count) == 0:
+                raise ModelError(
+                    f"{self.name}: saw no data during calibration (its layer never ran); skip it in the recipe or calibrate "
+                    f"with batches that reach it"
+                )
+            scale, zero = self.range.parameters_of()
+        else:
+            return
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero)
+        self.calibrated.fill_(True)
+
+    # -- parameters ------------------------------------------------------------------------------------------------
+    def affine(self) -> Affine:
+        """Scale, zero point and code range of a static per-tensor activation, differentiable in a learned scale."""
+        if not self.calibrated:
+            raise ModelError(f"{self.name}: not calibrated; run qatana.calibrate(model, loader) first")
+        return Affine(self._used_scale(None), self.zero_point, self.scheme.format.lo, self.scheme.format.hi)
+
+    def _used_scale(self, elements: int | None) -> Tensor:
+        if not self.learned:
+            return self.scale
+        factor = ((elements or 1) * max(1, self.scheme.format.hi)) ** -0.5 if elements else 1.0
+        tiny = torch.where(self.scale < 0, -SMALLEST_SCALE, SMALLEST_SCALE)
+        scale = torch.where(self.scale.abs() < SMALLEST_SCALE, tiny, self.scale)
+        return scale_gradient(scale, factor) if factor != 1.0 else scale
+
+    def weight_parameters(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point for a weight now: from its values if dynamic, else the state."""
+        if self.scheme.scale == "dynamic":
+            return weight_parameters(weight, self.scheme)
+        if not self.calibrated:
+            raise ModelError(f"{self.name}: not calibrated; run qatana.calibrate(model, loader) first")
+        return self._used_scale(weight.numel() // max(1, self.scale.numel())), self.zero_point
+
+    # -- quantization ----------------------------------------------------------------------------------------------
+    def weight_levels(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Levels (block view of the weight, float32 integers) and scale of a weight."""
+        scale, zero = self.weight_parameters(weight)
+        view = self.scheme.granularity.view(weight)
+        out = levels(view, scale, zero, self.scheme.format.lo, self.scheme.format.hi)
+        self.record(out, zero)
+        return out, scale
+
+    def activation_levels(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Levels of an activation, with the scale and zero point used (dynamic ones come from x itself)."""
+        if self.scheme.scale == "dynamic":
+            if self.scheme.granularity.kind == "group":
+                out, scale = dynamic_blocks(x, self.scheme.granularity.size)
+                zero = torch.zeros_like(scale)
+            else:
+                out, scale, zero = dynamic_tensor(x)
+        else:
+            parameters = self.affine()
+            if self.learned:
+                parameters = parameters._replace(scale=self._used_scale(max(1, x[:1].numel())))
+            out, scale, zero = self.engine.levels(x, parameters), parameters.scale, parameters.zero_point
+        self.record(out, zero)
+        return out, scale, zero
+
+    def record(self, values: Tensor, zero_point: Tensor) -> None:
+        """Show codes to the tap, if one listens."""
+        if self.tap is not None:
+            self.tap(self.name, (values.detach() + zero_point).to(self.scheme.format.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x_hat in the dtype and shape of x; x itself while disabled. Observes first, if observing."""
+        if self.observing and not self.is_weight:
+            self.observe(x.detach())
+        if not self.enabled:
+            return x
+        if self.is_weight:
+            out, scale = self.weight_levels(x)
+        else:
+            out, scale, _ = self.activation_levels(x)
+        return (out * scale).reshape(x.shape).to(x.dtype)
+
+
+def quantizers(model: nn.Module) -> dict[str, Quantizer]:
+    """All quantizers of a model by their own names (shared ones once), in module order."""
+    return {module.name: module for module in model.modules() if isinstance(module, Quantizer)}

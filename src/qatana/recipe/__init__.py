@@ -1,0 +1,7 @@
+"""What is wanted (Recipe), for which engine (Target), and what that means for each tensor (Plan)."""
+
+from qatana.recipe.plan import Plan, Row
+from qatana.recipe.recipe import Recipe, Rule, recipe
+from qatana.recipe.targets import TARGETS, Target, target
+
+__all__ = ["TARGETS", "Plan", "Recipe", "Row", "Rule", "Target", "recipe", "target"]

@@ -1,0 +1,102 @@
+"""A plan: one row per tensor, with its scheme and the rule that won, or why it stays float."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from qatana.numerics import Scheme
+from qatana.recipe.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of the model.
+
+    name      full name: module name + role ("layer1.0.conv1.weight")
+    module    the module's name in the model; kind, type: its layer kind and class
+    role      weight, input, output, query, key, value, probability, context
+    scheme    how it is quantized; None: it stays float, for `reason`
+    shares    name of the row whose quantizer serves this tensor too (it is the same tensor), or ""
+    elements  number of stored elements (0 for activations)"""
+
+    name: str
+    module: str
+    kind: str
+    type: str
+    role: str
+    scheme: Scheme | None
+    rule: str
+    reason: str = ""
+    shares: str = ""
+    elements: int = 0
+    scales: int = 0
+
+    @property
+    def bytes(self) -> float:
+        """Stored bytes: codes and scales, or float32."""
+        if self.scheme is None:
+            return 4.0 * self.elements
+        return self.elements * self.scheme.format.stored_bits / 8 + 4.0 * self.scales if self.elements else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"scheme": str(self.scheme) if self.scheme else "float32", "bytes": round(self.bytes)}
+
+
+@dataclass
+class Plan:
+    """What `prepare` will do to a model: rows, the recipe behind them, and how the model is reached ("modules" or
+    "graph")."""
+
+    recipe: Recipe
+    mode: str
+    rows: list[Row] = field(default_factory=list)
+    example_inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+    float_bytes: int = 0
+    rest_bytes: int = 0
+    folds: dict[str, str] = field(default_factory=dict)
+
+    def row(self, name: str) -> Row | None:
+        return next((row for row in self.rows if row.name == name), None)
+
+    def of_module(self, module: str) -> dict[str, Row]:
+        return {row.role: row for row in self.rows if row.module == module}
+
+    @property
+    def predicted_bytes(self) -> int:
+        """File size: codes, scales, and what stays float (biases, norms); graph overhead not counted."""
+        return round(sum(row.bytes for row in self.rows if row.role == "weight") + self.rest_bytes)
+
+    @property
+    def quantized(self) -> list[Row]:
+        return [row for row in self.rows if row.scheme is not None]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "recipe": self.recipe.to_dict(),
+            "mode": self.mode,
+            "float_bytes": self.float_bytes,
+            "predicted_bytes": self.predicted_bytes,
+            "rows": [row.to_dict() for row in self.rows],
+        }
+
+    def __str__(self) -> str:
+        head = ("tensor", "type", "scheme", "rule", "note", "bytes")
+        lines = [head] + [
+            (
+                row.name,
+                row.type,
+                str(row.scheme) if row.scheme else "float32",
+                row.rule,
+                row.reason or (f"= {row.shares}" if row.shares else ""),
+                f"{row.bytes:,.0f}" if row.elements else "",
+            )
+            for row in self.rows
+        ]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        table = "\n".join(
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines
+        )
+        share = self.predicted_bytes / max(1, self.float_bytes)
+        counts = f"{len(self.quantized)} of {len(self.rows)} tensors quantized"
+        return f"{table}\n{counts}; file {self.predicted_bytes:,} bytes, {share:.3f} of float"

@@ -1,0 +1,122 @@
+"""Targets: what each engine can execute in integers, and the scheme of every kind of tensor there.
+
+Roles: weight, input, output of a layer; query, key, value, probability, context of attention. Layer kinds: linear,
+conv, embedding, add, pool, attention, activation. A role that a target does not list stays float there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from qatana.errors import RecipeError, nearest
+from qatana.numerics import Scheme, scheme
+
+Key = tuple[str, str]
+"""(layer kind, role)"""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One deployment engine and storage: the arithmetic it uses and the default scheme per (kind, role)."""
+
+    name: str
+    engine: str
+    summary: str
+    schemes: dict[Key, Scheme] = field(default_factory=dict)
+    runtimes: tuple[str, ...] = ("onnxruntime",)
+
+    def kinds(self) -> set[str]:
+        return {kind for kind, _ in self.schemes}
+
+
+def _activation(signed: bool = False) -> Scheme:
+    if signed:
+        return scheme("int8", symmetric=True, range="mse")
+    return scheme("uint8", symmetric=False, range="mse")
+
+
+_PROBABILITY = scheme("uint8", symmetric=False, fixed=(1.0 / 255.0, 0))
+_WEIGHT = scheme("int8n", "channel", scale="dynamic")
+_TABLE = scheme("int8n", "channel", scale="dynamic")
+
+
+def _static(signed: bool) -> dict[Key, Scheme]:
+    act = _activation(signed)
+    return {
+        ("linear", "weight"): _WEIGHT,
+        ("linear", "input"): act,
+        ("linear", "output"): act,
+        ("conv", "weight"): _WEIGHT,
+        ("conv", "input"): act,
+        ("conv", "output"): act,
+        ("add", "input"): act,
+        ("add", "output"): act,
+        ("pool", "input"): act,
+        ("pool", "output"): act,
+        ("activation", "output"): act,
+        ("embedding", "weight"): _TABLE,
+        ("attention", "query"): act,
+        ("attention", "key"): act,
+        ("attention", "value"): act,
+        ("attention", "probability"): _PROBABILITY,
+        ("attention", "context"): act,
+    }
+
+
+def _blocks(weight: str, size: int, table: str, table_size: int) -> dict[Key, Scheme]:
+    return {
+        ("linear", "weight"): scheme(weight, f"group{size}", scale="learned", range="mse"),
+        ("linear", "input"): scheme("int8n", f"group{size}", scale="dynamic"),
+        ("embedding", "weight"): scheme(table, f"group{table_size}", scale="dynamic", range="minmax"),
+    }
+
+
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target(
+            "ort:int8",
+            "onnxruntime",
+            "static W8A8: uint8 activations, int8 weights per channel, integer kernels end to end",
+            _static(signed=False),
+            ("onnxruntime", "openvino"),
+        ),
+        Target(
+            "ort:int8-dynamic",
+            "onnxruntime",
+            "int8 weights per channel, activations quantized per batch at run time",
+            {
+                ("linear", "weight"): _WEIGHT,
+                ("linear", "input"): scheme("uint8", symmetric=False, scale="dynamic"),
+                ("embedding", "weight"): _TABLE,
+            },
+        ),
+        Target(
+            "ort:int4",
+            "onnxruntime",
+            "4-bit weights in blocks of 32, int8 activations per block at run time (MatMulNBits)",
+            _blocks("int4", 32, "int4", 32),
+            ("onnxruntime", "openvino"),
+        ),
+        Target(
+            "ort:int2",
+            "onnxruntime",
+            "2-bit weights in blocks of 64, int8 activations per block at run time (MatMulNBits)",
+            _blocks("int2", 64, "int4", 128),
+            ("onnxruntime", "openvino"),
+        ),
+        Target(
+            "openvino:int8",
+            "openvino",
+            "static W8A8 by OpenVINO's arithmetic: int8 activations with zero point 0, int8 weights per channel",
+            _static(signed=True),
+            ("openvino",),
+        ),
+    )
+}
+
+
+def target(name: str) -> Target:
+    """The target of that name. Raises: RecipeError naming the nearest one."""
+    if name not in TARGETS:
+        raise RecipeError(f"unknown target '{name}'{nearest(name, TARGETS)}")
+    return TARGETS[name]

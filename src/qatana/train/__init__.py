@@ -1,0 +1,21 @@
+"""Training with quantization in the loop: schedule, groups, distillation, presets, a loop that resumes exactly."""
+
+from qatana.train.controller import Controller
+from qatana.train.distill import distillation_loss
+from qatana.train.failure import TrainingError
+from qatana.train.fit import fit
+from qatana.train.groups import parameter_groups
+from qatana.train.history import History
+from qatana.train.training import Training, preset, training_of
+
+__all__ = [
+    "Controller",
+    "History",
+    "Training",
+    "TrainingError",
+    "distillation_loss",
+    "fit",
+    "parameter_groups",
+    "preset",
+    "training_of",
+]

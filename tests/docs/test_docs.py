@@ -1,0 +1,342 @@
+"""What the documentation says is what the code does: its programs run, its tables are those of the sources, its links lead somewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+import qatana as qt
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PAGES = [*sorted(DOCS.glob("*.md")), *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
+QUICK = [page for page in sorted(DOCS.glob("*.md")) if page.name != "concepts.md" and "```python" in page.read_text()]
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [body for kind, body in FENCE.findall(page.read_text()) if kind == language]
+
+
+def prose(page: Path) -> str:
+    return FENCE.sub("", page.read_text())
+
+
+# --- programs ---------------------------------------------------------------------------------------------
+
+
+def run_page(page: Path, names: dict[str, Any]) -> dict[str, Any]:
+    """Run all Python blocks of a page as one program. Line numbers in a traceback are those of the page."""
+    text = page.read_text()
+    lines = [""] * len(text.splitlines())
+    for match in FENCE.finditer(text):
+        if match[1] == "python":
+            first = text.count("\n", 0, match.start(2))
+            code = match[2].splitlines()
+            lines[first : first + len(code)] = code
+    assert any(lines), f"{page.name} has no Python block"
+    names["__name__"] = page.stem
+    exec(compile("\n".join(lines), str(page), "exec"), names)
+    return names
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_the_concepts_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = run_page(DOCS / "concepts.md", {})
+    assert json.loads((tmp_path / "certificate.json").read_text())["verdict"] == "pass"
+    assert (tmp_path / "report.html").stat().st_size > 0
+    assert len(names["history"].records) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`model`, `example` and `loader` are the reader's own, as the text below the program says."""
+    monkeypatch.chdir(tmp_path)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    images = torch.randn(32, 1, 8, 8)
+    loader = [(x, torch.randint(0, 3, (8,))) for x in images.split(8)]
+    run_page(ROOT / "README.md", {"model": model, "example": images[:2], "loader": loader})
+    assert (tmp_path / "model.onnx").stat().st_size > 0
+
+
+@pytest.mark.parametrize("page", QUICK, ids=relative)
+def test_the_programs_of_a_page_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_page(page, {})
+
+
+def test_recipe_files_are_recipes() -> None:
+    found = [qt.Recipe.from_dict(yaml.safe_load(body)) for body in blocks(DOCS / "recipes.md", "yaml")]
+    assert [recipe.target for recipe in found] == ["ort:int8", "ort:int8", "ort:int2"]
+
+
+def test_the_recipe_in_yaml_is_the_recipe_in_python() -> None:
+    written = qt.Recipe.from_dict(yaml.safe_load(blocks(DOCS / "recipes.md", "yaml")[0]))
+    built = run_page(DOCS / "recipes.md", {})["recipe"]
+    # A bare name is three patterns when it is skipped in Python.
+    assert built.rules[0] == written.rules[0]
+    assert written.rules[1] in built.rules
+
+
+def test_the_job_file_is_a_job() -> None:
+    from qatana.jobs.job import job_of
+
+    (body,) = blocks(DOCS / "jobs.md", "yaml")
+    assert [section.name for section in job_of(yaml.safe_load(body)).recipes] == ["int8", "int4"]
+
+
+# --- commands ---------------------------------------------------------------------------------------------
+
+
+def shell_lines() -> list[tuple[Path, list[str]]]:
+    found = []
+    for page in PAGES:
+        for body in (*blocks(page, "sh"), *re.findall(r"`((?:make|qatana) [^`]+)`", prose(page))):
+            found += [(page, shlex.split(line, comments=True)) for line in body.splitlines()]
+    return [(page, words) for page, words in found if words]
+
+
+def test_every_qatana_command_exists() -> None:
+    from typer.main import get_command
+
+    from qatana.cli import app
+
+    known = get_command(app).commands  # type: ignore[attr-defined]
+    called = [(page, words[1:]) for page, words in shell_lines() if words[0].endswith("qatana") and len(words) > 1]
+    assert {words[0] for _, words in called} >= set(known), "a command is nowhere in the documentation"
+    for page, (name, *rest) in called:
+        if name == "--help":
+            continue
+        assert name in known, f"{page.name}: qatana {name}"
+        flags = {flag for parameter in known[name].params for flag in (*parameter.opts, *parameter.secondary_opts)}
+        for word in rest:
+            if word.startswith("-"):
+                assert word in flags, f"{page.name}: qatana {name} {word}"
+            if word.startswith("examples/"):
+                assert (ROOT / word).is_file(), f"{page.name}: {word}"
+
+
+def test_every_make_target_exists() -> None:
+    known = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    used = {words[1] for _, words in shell_lines() if words[0] == "make"}
+    assert used - known == set()
+    assert {"demo", "test", "check", "bench"} <= used
+
+
+# --- tables -----------------------------------------------------------------------------------------------
+
+
+def rows(page: Path, heading: str) -> list[list[str]]:
+    """Cells of the first table behind a heading, without its head."""
+    text = page.read_text().split(f"# {heading}\n", 1)[1]
+    table = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert table is not None
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[0].splitlines()[2:]]
+
+
+def ticked(text: str) -> set[str]:
+    return set(re.findall(r"`([^`]+)`", text))
+
+
+def test_the_index_names_the_whole_facade() -> None:
+    listed = [name for row in rows(DOCS / "index.md", "The Python interface") for name in sorted(ticked(row[0]))]
+    assert sorted(listed) == sorted(set(qt.__all__) - {"__version__"})
+
+
+def test_the_parity_table_is_the_one_that_decides() -> None:
+    from qatana.verify import ALLOWED
+
+    written = {
+        name: (float(rate), float(labels)) for name, rate, labels, _ in rows(DOCS / "parity.md", "What may differ")
+    }
+    assert written == {name: (row.rate, row.labels) for name, row in ALLOWED.items()}
+
+
+def test_the_certificate_table_names_every_key() -> None:
+    written = {key for row in rows(DOCS / "parity.md", "certificate.json") for key in ticked(row[0])}
+    certificate = qt.Certificate("ort:int8", "onnxruntime", {}, {}, {})
+    assert written == set(certificate.to_dict())
+
+
+def test_every_target_is_described() -> None:
+    headings = set(re.findall(r"^### (.+)$", (DOCS / "recipes.md").read_text(), re.MULTILINE))
+    assert headings == set(qt.TARGETS)
+    assert [row[0].split("`")[1] for row in rows(ROOT / "README.md", "Targets")] == list(qt.TARGETS)
+
+
+@pytest.mark.parametrize("target", qt.TARGETS)
+def test_a_target_is_called_planned_as_long_as_it_is(target: str) -> None:
+    """Whoever makes a target work takes the words out of the pages, and nobody sooner."""
+    text = (DOCS / "recipes.md").read_text().split(f"### {target}\n")[1].split("\n#")[0]
+    (row,) = (row for row in rows(ROOT / "README.md", "Targets") if f"`{target}`" in row[0])
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2)), torch.randn(2, 64)
+    try:
+        qt.prepare(model, qt.plan(model, target, x))
+        planned = False
+    except qt.QatanaError:
+        planned = True
+    assert ("**Planned only.**" in text, "planned only" in row[0]) == (planned, planned)
+
+
+def test_every_example_that_a_page_names_exists() -> None:
+    for page in PAGES:
+        for name in re.findall(r"`[^`]*?(examples/[\w./-]+)", page.read_text()):
+            assert (ROOT / name).is_file(), f"{page.name}: {name}"
+
+
+def test_every_training_field_is_described() -> None:
+    written = {name for row in rows(DOCS / "training.md", "Fields") for name in ticked(row[0])}
+    assert written == set(qt.Training.model_fields)
+
+
+def test_every_job_key_is_described() -> None:
+    from qatana.jobs import job
+
+    written = {name for row in rows(DOCS / "jobs.md", "The job file") for name in ticked(row[0])}
+    assert written == {field.alias or name for name, field in job.Job.model_fields.items()} - {"folder"}
+    words = ticked(prose(DOCS / "jobs.md"))
+    for section in (
+        job.TokenData,
+        job.TextData,
+        job.ImageData,
+        job.RecipeSection,
+        job.Calibration,
+        job.Evaluation,
+        job.Benchmark,
+    ):
+        assert set(section.model_fields) <= words, section.__name__
+
+
+# --- words and links --------------------------------------------------------------------------------------
+
+
+def glossary() -> list[str]:
+    return [term for line in re.findall(r"^\*\*.*?(?=:)", (DOCS / "glossary.md").read_text(), re.MULTILINE)
+            for term in re.findall(r"\*\*(.+?)\*\*", line)]  # fmt: skip
+
+
+def test_every_glossary_term_is_used() -> None:
+    pages = [page.read_text() for page in PAGES if page.name != "glossary.md"]
+    sources = [path.read_text() for path in (ROOT / "src").rglob("*.py")]
+    text = re.sub(r"\s+", " ", " ".join([*pages, *sources])).lower()
+    unused = [term for term in glossary() if not re.search(rf"\b{re.escape(term.lower())}(?:s|es)?\b", text)]
+    assert len(glossary()) > 30
+    assert unused == []
+
+
+def test_the_glossary_is_in_order() -> None:
+    first = [
+        line.split("**")[1].lower() for line in (DOCS / "glossary.md").read_text().splitlines() if line.startswith("**")
+    ]
+    assert first == sorted(first)
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors as GitHub makes them: lower case, punctuation gone, spaces as hyphens."""
+    heads = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    found = [re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads]
+    assert page.name == "CHANGELOG.md" or len(found) == len(set(found)), f"{page.name}: two headings give one anchor"
+    return set(found)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=relative)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.is_file(), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors(path), f"{page.name}: {target}"
+
+
+def test_every_page_is_reached_from_the_index() -> None:
+    linked = set(re.findall(r"\]\((\w+\.md)", (DOCS / "index.md").read_text()))
+    assert {page.name for page in DOCS.glob("*.md")} - {"index.md"} == linked
+
+
+def test_the_picture_names_every_verb() -> None:
+    words = {text.text for text in ET.parse(DOCS / "flow.svg").iter("{http://www.w3.org/2000/svg}text")}
+    verbs = {"plan", "prepare", "calibrate", "train", "convert", "export", "verify", "report"}
+    assert verbs <= words
+    headings = set(re.findall(r"^## (\w+)$", (DOCS / "concepts.md").read_text(), re.MULTILINE))
+    assert verbs <= headings
+
+
+# --- the table of the demo --------------------------------------------------------------------------------
+
+README = "before\n<!-- demo:begin -->\nold\n<!-- demo:end -->\nafter\n"
+SUMMARY = {
+    "rows": [
+        {"name": "float", "engine": "torch", "f1": 86.04, "file_bytes": 90_000_000, "latency_ms": 100.0,
+         "speedup_vs_float_same_engine": 1.0, "speedup_vs_torch_float": 1.0},
+        {"name": "int8-qat", "engine": "onnxruntime", "f1": 85.9, "file_bytes": 22_500_000, "latency_ms": 40.0,
+         "speedup_vs_float_same_engine": 2.25, "speedup_vs_torch_float": 2.5},
+    ],
+    "parity": {"codes_compared": 1_000_000, "codes_different": 12, "labels_compared": 2_000, "labels_different": 0},
+    "seconds": {"float": 120.4, "qat": 60.0},
+}  # fmt: skip
+
+
+def make_tables(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    files = ["--summary", str(folder / "summary.json"), "--readme", str(folder / "README.md")]
+    return subprocess.run(
+        [sys.executable, str(DOCS / "make_tables.py"), *files, *options], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    (tmp_path / "README.md").write_text(README)
+    (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
+    return tmp_path
+
+
+def test_the_table_is_that_of_the_summary(checkout: Path) -> None:
+    assert make_tables(checkout, "--check").returncode == 1
+    assert (checkout / "README.md").read_text() == README
+    assert make_tables(checkout).returncode == 0
+    text = (checkout / "README.md").read_text()
+    assert text.startswith("before\n<!-- demo:begin -->\n| model |")
+    assert text.endswith("<!-- demo:end -->\nafter\n")
+    # 22.5 MB of 90 MB is a quarter
+    assert "| int8-qat | ONNX Runtime | 85.90 | 22.5 MB | 0.250 | 40.0 ms | 2.25× | 2.50× |" in text
+    assert "1,000,000 codes, of which 12 differ, and 2,000 labels, of which 0 differ" in text
+    assert "float 120, qat 60" in text
+    assert make_tables(checkout, "--check").returncode == 0
+
+
+@pytest.mark.parametrize("content", [None, "{", '{"rows": []}'], ids=["missing", "truncated", "foreign"])
+def test_no_table_without_a_summary(checkout: Path, content: str | None) -> None:
+    (checkout / "summary.json").unlink()
+    if content is not None:
+        (checkout / "summary.json").write_text(content)
+    done = make_tables(checkout)
+    assert done.returncode == 1
+    assert "make demo" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert (checkout / "README.md").read_text() == README
+
+
+def test_the_readme_has_a_place_for_the_table() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert text.count("<!-- demo:begin -->") == text.count("<!-- demo:end -->") == 1

@@ -85,7 +85,7 @@ def _number(value: float | None, form: str) -> str:
 def parity(found: dict[str, int]) -> str:
     """What verify compared, in one sentence."""
     return (
-        f"`verify` compared {found['codes_compared']:,} codes, of which {found['codes_different']:,} differ, and "
+        f"`verify` compared {found['codes_compared']:,} outputs of integer operators, of which {found['codes_different']:,} differ, and "
         f"{found['labels_compared']:,} labels, of which {found['labels_different']:,} differ."
     )
 

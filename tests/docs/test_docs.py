@@ -320,7 +320,7 @@ def test_the_table_is_that_of_the_summary(checkout: Path) -> None:
     assert text.endswith("<!-- demo:end -->\nafter\n")
     # 22.5 MB of 90 MB is a quarter
     assert "| int8-qat | ONNX Runtime | 85.90 | 22.5 MB | 0.250 | 40.0 ms | 2.25× | 2.50× |" in text
-    assert "1,000,000 codes, of which 12 differ, and 2,000 labels, of which 0 differ" in text
+    assert "1,000,000 outputs of integer operators, of which 12 differ, and 2,000 labels, of which 0 differ" in text
     assert "float 120, qat 60" in text
     assert make_tables(checkout, "--check").returncode == 0
 

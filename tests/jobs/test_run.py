@@ -75,7 +75,7 @@ def summary(folder: Path) -> dict[str, Any]:
 def check_files(folder: Path) -> None:
     """summary.json has the agreed form, and what it says holds of the files."""
     found = summary(folder)
-    assert set(found) == {"rows", "parity", "seconds"}
+    assert set(found) == {"rows", "parity", "drift", "labels", "seconds"}
     assert set(found["seconds"]) == {"float", "ptq", "qat", "export", "verify"}
     assert all(seconds > 0 for seconds in found["seconds"].values())
     rows = {(row["name"], row["engine"]): row for row in found["rows"]}
@@ -95,6 +95,9 @@ def check_files(folder: Path) -> None:
     assert rows["float", "onnxruntime"]["file_bytes"] == (folder / "float.onnx").stat().st_size
     words = sum(bool(line.strip()) and "DOCSTART" not in line for line in (sentences_of(folder)).splitlines())
     assert found["parity"]["labels_compared"] == words
+    assert found["parity"]["codes_different"] == 0
+    assert found["labels"]["int8-qat onnxruntime"]["compared"] == words
+    assert found["drift"]["codes_compared"] > 0
     certificate = json.loads((folder / "certificate.json").read_text())
     assert [entry["variant"] for entry in certificate["certificates"]] == ["int8"]
     compared = [entry["parity"]["codes_compared"] for entry in certificate["certificates"]]

@@ -68,13 +68,19 @@ def _certificate(*comparisons: Comparison, problems: list[str] | None = None) ->
     )
 
 
-def test_parity_counts_end_to_end_alone() -> None:
+def test_parity_counts_layer_by_layer_and_labels_end_to_end() -> None:
     end = Comparison("integer model", "x.onnx", "end to end", "end to end", labels_compared=7, labels_different=1)
     end.tally("a", "quantize").compare(np.zeros(9), np.eye(3).reshape(-1))
     other = Comparison("QAT model", "integer model", "training", "training")
     other.tally("a", "quantize").compare(np.zeros(50), np.zeros(50))
-    parity = _certificate(other, end).parity
-    assert parity == {"codes_compared": 9, "codes_different": 3, "labels_compared": 7, "labels_different": 1}
+    labels = {"labels_compared": 7, "labels_different": 1}
+    alone = _certificate(other, end)
+    assert alone.parity == {"codes_compared": 9, "codes_different": 3, **labels}
+    layers = Comparison("integer model", "x.onnx", "layer by layer", "layer by layer")
+    layers.tally("a", "quantize").compare(np.zeros(20), np.zeros(20))
+    both = _certificate(other, layers, end)
+    assert both.parity == {"codes_compared": 20, "codes_different": 0, **labels}
+    assert both.drift == {"codes_compared": 9, "codes_different": 3}
 
 
 def test_a_problem_fails_the_certificate() -> None:

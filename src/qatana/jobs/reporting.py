@@ -15,7 +15,7 @@ from qatana.files import write_json
 from qatana.hardware import isa
 from qatana.jobs.bench import threads
 from qatana.jobs.job import Job
-from qatana.jobs.results import Results, Row, averaged
+from qatana.jobs.results import Results, Row, averaged, total
 
 _AVERAGES = ("micro", "macro")
 
@@ -28,8 +28,8 @@ def write(job: Job, results: Sequence[Results], folder: Path, layers: dict[str, 
     rows, spread = averaged(list(results))
     summary = first.summary() | {"rows": rows}
     if spread:
-        summary["parity"] = {key: sum(r.parity[key] for r in results) for key in first.parity}
-        summary["seconds"] = {key: sum(r.seconds[key] for r in results) for key in first.seconds}
+        summary |= {key: total(getattr(r, key) for r in results) for key in ("parity", "drift", "seconds")}
+        summary["labels"] = {name: total(r.labels[name] for r in results) for name in first.labels}
         summary |= {"seeds": list(job.seeds), "spread": spread}
     paths = [folder / name for name in ("summary.json", "certificate.json", "report.html")]
     write_json(paths[0], summary)

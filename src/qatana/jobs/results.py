@@ -5,10 +5,10 @@ row = {"name", "engine", "f1" | "accuracy" (points), "file_bytes", "latency_ms",
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, TypeVar
 
 from qatana.jobs.evaluate import Runner
 from qatana.jobs.job import RecipeSection
@@ -18,6 +18,7 @@ from qatana.jobs.stages import Record
 
 TORCH = "torch"
 Row = dict[str, Any]
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class Candidate:
 class Results:
     """Everything that a run found.
 
-    scores     "name engine" -> Score;  certificates: {verdict, text, parity, certificate} per deployed file and engine"""
+    scores     "name engine" -> Score;  certificates: {verdict, text, parity, drift, certificate} per deployed file and engine
+    parity     codes layer by layer, labels of the QAT models against their files in their own engine;  drift  codes end to end
+    labels     "name engine" -> {compared, different}: labels of a file in an engine against those of its QAT model"""
 
     metric: str
     key: str
@@ -46,6 +49,8 @@ class Results:
     plans: dict[str, Any]
     certificates: list[dict[str, Any]]
     parity: dict[str, int]
+    drift: dict[str, int]
+    labels: dict[str, dict[str, int]]
     seconds: dict[str, float]
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -56,7 +61,10 @@ class Results:
 
     def summary(self) -> dict[str, Any]:
         """The content of summary.json."""
-        return {"rows": self.rows, "parity": self.parity, "seconds": {k: round(v, 2) for k, v in self.seconds.items()}}
+        return {
+            "rows": self.rows, "parity": self.parity, "drift": self.drift, "labels": self.labels,
+            "seconds": {k: round(v, 2) for k, v in self.seconds.items()},
+        }  # fmt: skip
 
 
 def collect(run: Run) -> Results:
@@ -72,9 +80,11 @@ def collect(run: Run) -> Results:
     timed = {f"{c.name} {c.engine}": c for c in candidates if c.name == c.times_as}
     times = run.benchmark({k: c.runner for k, c in timed.items()}, {k: c.source for k, c in timed.items()}).result
     rows = [_row(c, run.task.key, scores[f"{c.name} {c.engine}"]["value"], times) for c in candidates]
+    labels = _labels(run, candidates)
     return Results(
         run.task.metric, run.task.key, rows, scores, _curves(run), _plans(run), certificates,
-        _parity(run, certificates, candidates), _seconds(run), run.stages.versions,
+        _parity(run, certificates, labels), total(entry["drift"] for entry in certificates), labels,
+        _seconds(run), run.stages.versions,
     )  # fmt: skip
 
 
@@ -142,16 +152,33 @@ def _row(candidate: Candidate, key: str, value: float, times: dict[str, float]) 
     }
 
 
-def _parity(run: Run, certificates: list[dict[str, Any]], candidates: list[Candidate]) -> dict[str, int]:
-    """Codes: sums over the certificates. Labels: QAT model in PyTorch against its files, on all test rows that are judged."""
-    codes = {key: sum(entry["parity"][key] for entry in certificates) for key in ("codes_compared", "codes_different")}
-    compared = different = 0
+def _labels(run: Run, candidates: list[Candidate]) -> dict[str, dict[str, int]]:
+    """Labels of each file against those of its QAT model in PyTorch, on all test rows that are judged."""
+    found = {}
     for c in candidates:
         if c.engine != TORCH and not c.name.startswith("float"):
             ours, theirs = run.labels(c.name, TORCH), run.labels(c.name, c.engine)
-            compared += len(ours)
-            different += int((ours != theirs).sum())
-    return codes | {"labels_compared": compared, "labels_different": different}
+            found[f"{c.name} {c.engine}"] = {"compared": len(ours), "different": int((ours != theirs).sum())}
+    return found
+
+
+def _parity(run: Run, certificates: list[dict[str, Any]], labels: dict[str, dict[str, int]]) -> dict[str, int]:
+    """Sums over the certificates' codes, and over the labels of each trained file in the engine that its target is made for."""
+    own = [
+        labels[f"{section.name}-{run.phases(section)[-1]} {engine}"]
+        for section in run.job.recipes
+        for engine in run.file_engines(section)[:1]
+    ]
+    return total([entry["parity"] for entry in certificates]) | {
+        "labels_compared": sum(entry["compared"] for entry in own),
+        "labels_different": sum(entry["different"] for entry in own),
+    }
+
+
+def total(counts: Iterable[dict[str, Number]]) -> dict[str, Number]:
+    """Sums key by key."""
+    entries = list(counts)
+    return {key: sum(entry[key] for entry in entries[1:]) + entries[0][key] for key in entries[0]} if entries else {}
 
 
 def _curves(run: Run) -> dict[str, Any]:

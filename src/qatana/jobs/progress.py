@@ -21,6 +21,7 @@ from rich.progress import (
 )
 
 Advance = Callable[..., None]
+SECONDS_BETWEEN_LINES = 30.0
 
 
 class Progress:
@@ -45,7 +46,7 @@ class Progress:
     def bar(self, what: str, total: int | None = None) -> Iterator[Advance]:
         """Yields advance(steps=1, note=""). total None: a spinner, for what cannot be counted."""
         if self.console is None or not self.console.is_terminal:
-            yield _nothing
+            yield self._lines(what, total) if self.console is not None else _nothing
             return
         columns = (
             SpinnerColumn(),
@@ -65,6 +66,19 @@ class Progress:
                 bars.update(task, advance=steps, note=note)
 
             yield advance
+
+    def _lines(self, what: str, total: int | None) -> Advance:
+        """advance() for a log: a line every SECONDS_BETWEEN_LINES at most, none for what is done sooner."""
+        done, next_line = 0, time.perf_counter() + SECONDS_BETWEEN_LINES
+
+        def advance(steps: int = 1, note: str = "") -> None:
+            nonlocal done, next_line
+            done += steps
+            if time.perf_counter() >= next_line:
+                next_line = time.perf_counter() + SECONDS_BETWEEN_LINES
+                self.say(f"{what}: {done}{'' if total is None else f' of {total}'}{note and ', ' + note}")
+
+        return advance
 
     def over(self, what: str, items: Iterable[Any], total: int) -> Iterator[Any]:
         """The items, with a bar."""

@@ -189,7 +189,13 @@ class Run:
             data: dict[str, Any] = found.to_dict() | {"variant": stem}
             data["files"] = [{**entry, "path": Path(entry["path"]).name} for entry in data["files"]]
             write_json(self.folder / file, data)
-            return {"parity": found.parity, "drift": found.drift, "verdict": found.verdict, "text": str(found), "certificate": data}
+            return {
+                "parity": found.parity,
+                "drift": found.drift,
+                "verdict": found.verdict,
+                "text": str(found),
+                "certificate": data,
+            }
 
         inputs = {
             "file": self.export(section, phase),

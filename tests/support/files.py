@@ -41,8 +41,9 @@ def metadata(path: Path) -> dict[str, Any]:
 
 
 def openvino_outputs(path: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    """First output in OpenVINO."""
+    """First output in OpenVINO, in float32: on CPUs with bfloat16 it would compute in that, and 2-bit products then give nothing."""
     import openvino
 
-    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_NUM_THREADS": 1})
+    config = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(str(path), "CPU", config)
     return compiled(inputs)[0]

@@ -85,6 +85,7 @@ def capture_integers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         program = torch.export.export(
             _Positional(model.cpu(), list(kwargs)), inputs, dynamic_shapes=shapes, strict=False
         )
+        program = program.run_decompositions({})  # the same operators, none of them in place: x += y becomes a sum
         graph_module = program.module(check_guards=False)
     _name_inputs(graph_module.graph, input_names(args, kwargs))
     simplify(graph_module)

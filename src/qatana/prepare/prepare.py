@@ -20,7 +20,7 @@ def plan(model: nn.Module, recipe: Recipe | str, example_inputs: Any, *, mode: s
 
     example_inputs  one batch: a tensor, a tuple of tensors, or a dict of keyword tensors. Dimension 0 is the batch
     mode            "graph" (captures the forward: folds BatchNorm, quantizes residual adds and pools) or "modules" (by names);
-                    by default "graph" for networks with convolutions that are not Hugging Face models
+                    by default "graph" for networks with convolutions, other than Hugging Face models with attention
     Raises: ModelError if a weight is NaN or infinite, or no layer can be quantized; SchemeError if a group does not divide."""
     recipe = Recipe.from_dict(recipe) if isinstance(recipe, (str, dict)) else recipe
     args, kwargs = split_inputs(example_inputs, model)
@@ -31,7 +31,7 @@ def plan(model: nn.Module, recipe: Recipe | str, example_inputs: Any, *, mode: s
         )
     if mode is None:
         has_convolutions = any(isinstance(m, CONVOLUTIONS) for m in model.modules())
-        mode = "graph" if has_convolutions and not hasattr(model, "config") else "modules"
+        mode = "graph" if has_convolutions and not hasattr(getattr(model, "config", None), "num_attention_heads") else "modules"
     made = (plan_graph if mode == "graph" else plan_modules)(model, recipe, args, kwargs)
     if not made.quantized:
         raise ModelError(

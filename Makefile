@@ -35,7 +35,7 @@ help:
 demo: $(VENV)/.runtime
 	@$(BIN)/qatana demo
 
-test: $(VENV)/.dev | system
+test: $(VENV)/.references | system
 	@$(TEST_ENV) $(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadgroup $(PYTEST)
 
 lint: $(VENV)/.dev
@@ -44,7 +44,7 @@ lint: $(VENV)/.dev
 	@echo "lint: pyright";      $(BIN)/pyright --pythonpath $(BIN)/python
 	@echo "lint: layering";     $(BIN)/lint-imports --no-logo
 
-check: lint
+check: lint $(VENV)/.references
 	@$(TEST_ENV) $(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadgroup -m "not slow and not browser" $(PYTEST)
 
 docs-tables: $(VENV)/.python
@@ -91,4 +91,10 @@ $(VENV)/.runtime: pyproject.toml constraints.txt $(VENV)/.torch
 $(VENV)/.dev: $(VENV)/.runtime
 	@echo "setup: tools for tests and checks"
 	@$(PIP) --constraint constraints.txt --editable ".[$(EXTRAS),dev]"
+	@touch $@
+
+# After `make test` or `make check`: transformers then finds torchao and hqq, imports them and prints their warnings.
+$(VENV)/.references: $(VENV)/.dev
+	@echo "setup: the implementations that number formats are compared with"
+	@$(PIP) --constraint constraints.txt --editable ".[$(EXTRAS),dev,references]"
 	@touch $@

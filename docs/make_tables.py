@@ -186,6 +186,34 @@ def speed(found: Result) -> str:
     return "\n\n".join(parts)
 
 
+# --- formats ------------------------------------------------------------------------------------------------------
+def formats(found: Result) -> str:
+    """Rows of a formats.json."""
+    tensors = list(found["tensors"])
+    head = [
+        "format",
+        "bits",
+        "block",
+        "scale",
+        "range",
+        *(f"{name}, dB" for name in tensors),
+        "ns",
+        "copies",
+        "read by",
+        "reference",
+    ]
+    lines = [head, ["---", "--:", "---", "---", "---", *["--:"] * (len(tensors) + 2), "---", "---"]]
+    for row in found["formats"]:
+        errors = [f"{row['sqnr'][name]:.1f}" if row["sqnr"][name] is not None else "exact" for name in tensors]
+        lines.append([
+            f"`{row['name']}`", f"{row['bits']:.4g}", row["block"], row["scale"], row["range"], *errors,
+            f"{row['ns_per_element']:.2f}", f"{row['copies']:.1f}", row["engines"], row["reference"],
+        ])  # fmt: skip
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    machine = f"{found['machine'].get('isa', '?')}, {found['machine'].get('threads', '?')} threads"
+    return f"{_table(lines)}\n\n{found['elements']:,} elements timed; {machine}; {versions}."
+
+
 SECTIONS = (
     Section("demo", "runs/demo/summary.json", "make demo", "README.md", ("rows", "parity", "seconds"), job),
     Section("ner", "runs/ner/summary.json", "qatana run examples/ner.yaml", "README.md", ("rows", "parity", "seconds"), job),
@@ -195,6 +223,8 @@ SECTIONS = (
             ("rows", "parity", "seconds"), job),
     Section("cifar10", "runs/cifar10/summary.json", "qatana run examples/cifar10.yaml", "docs/jobs.md",
             ("rows", "parity", "seconds"), job),
+    Section("formats", "runs/formats.json", "qatana formats --out runs/formats.json", "docs/formats.md",
+            ("formats", "tensors", "elements", "machine", "versions"), formats),
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 EXAMPLES = sorted(p for p in (ROOT / "examples").rglob("*") if p.suffix in {".py", ".yaml", ".yml", ".sh"})
 
-EXTRAS = {"onnx", "openvino", "hf", "report", "vision", "dev"}
+EXTRAS = {"onnx", "openvino", "hf", "report", "vision", "dev", "references"}
 # Import names of everything that only an extra brings: a plain install must not need them.
 OPTIONAL = (
     *("onnx", "onnxscript", "onnxruntime", "openvino"),
@@ -33,7 +33,7 @@ OPTIONAL = (
 
 
 def tracked_files() -> list[Path]:
-    """Every text file that git has or would take; without git (an sdist), all that lies there."""
+    """Every file that git has or would take, pictures and archives left out; without git (an sdist), all that lies there."""
     listing = subprocess.run(
         ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         capture_output=True,
@@ -45,6 +45,14 @@ def tracked_files() -> list[Path]:
     else:
         names = [p for top in ("src", "tests", "docs", "examples") for p in (ROOT / top).rglob("*")]
     return [p for p in names if p.is_file() and p.suffix not in {".png", ".svg", ".gif", ".gz", ".pyc"}]
+
+
+def text_of(path: Path) -> str:
+    """The text of a file; "" where it is binary (weights), that is where its bytes are no UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return ""
 
 
 def run_python(code: str) -> str:
@@ -150,7 +158,7 @@ def test_no_file_names_a(pattern: re.Pattern[str]) -> None:
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()[:120]}"
         for path in tracked_files()
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        for number, line in enumerate(text_of(path).splitlines(), 1)
         if pattern.search(line)
     ]
     assert found == []
@@ -223,7 +231,7 @@ def test_the_unsafe_call_search_finds(line: str) -> None:
 
 # --- how make installs ------------------------------------------------------------------------------------
 
-STAMPS = [".python", ".torch", ".runtime", ".dev"]
+STAMPS = [".python", ".torch", ".runtime", ".dev", ".references"]
 
 
 @pytest.fixture

@@ -15,11 +15,13 @@ from qatana.calibrate import calibrate
 from qatana.convert import convert, integer_model
 from qatana.errors import DataError, ModelError, QatanaError, RecipeError
 from qatana.export import export, export_float
+from qatana.nn import quantize_gradients
 from qatana.numerics import Scheme, scheme
 from qatana.prepare import plan, prepare
+from qatana.ptq import ptq
 from qatana.quantizer import Quantizer, quantizers
 from qatana.recipe import TARGETS, Plan, Recipe, Rule, recipe
-from qatana.report import ReportData, measure, render
+from qatana.report import ReportData, format_table, measure, render
 from qatana.train import (
     Controller,
     History,
@@ -59,6 +61,7 @@ __all__ = [
     "export",
     "export_float",
     "fit",
+    "format_table",
     "integer_model",
     "latency",
     "measure",
@@ -67,6 +70,8 @@ __all__ = [
     "plan",
     "prepare",
     "preset",
+    "ptq",
+    "quantize_gradients",
     "quantizers",
     "recipe",
     "render",

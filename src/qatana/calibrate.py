@@ -10,10 +10,8 @@ from torch import nn
 
 from qatana.batch import check_finite, move, split_inputs
 from qatana.errors import DataError, ModelError
-from qatana.nn.conv import Conv
-from qatana.nn.embedding import Embedding
-from qatana.nn.linear import Linear
-from qatana.quantizer import Quantizer, quantizers
+from qatana.nn.settle import settle_weights
+from qatana.quantizer import quantizers
 
 
 def calibrate(
@@ -62,10 +60,7 @@ def calibrate(
 
 def settle(model: nn.Module) -> None:
     """Set all scales from what was observed (activations) and from the weights, and enable the quantizers."""
-    for layer in model.modules():
-        quantizer = getattr(layer, "weight_quantizer", None)
-        if isinstance(layer, (Linear, Embedding, Conv)) and isinstance(quantizer, Quantizer):
-            quantizer.settle(layer.folded()[0] if isinstance(layer, Conv) else layer.weight)
+    settle_weights(model)
     for quantizer in quantizers(model).values():
         if not quantizer.is_weight:
             quantizer.settle()

@@ -45,7 +45,7 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        old = path.with_name(f".{path.name}.old")
+        old = _old(path)
         try:
             yield temporary
             for file in temporary.rglob("*"):
@@ -53,13 +53,30 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
                     file.chmod(0o644)
                     _flush(file)
             temporary.chmod(0o755)
-            shutil.rmtree(old, ignore_errors=True)
-            if path.exists():
+            if path.exists():  # else the old folder is the only one, after a kill just here
+                shutil.rmtree(old, ignore_errors=True)
                 os.rename(path, old)
             os.rename(temporary, path)
             shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def standing_folder(path: str | Path, file: str) -> Path | None:
+    """Where a folder written by `replacing_folder` stands: at `path` or, after a kill between its two renames, beside it.
+
+    file  a file that it holds; None is returned if neither place has it"""
+    path = Path(path)
+    if (path / file).is_file():
+        return path
+    empty = path.is_dir() and not any(path.iterdir())
+    lost = bool(path.name) and (empty or not path.exists())
+    return _old(path) if lost and (_old(path) / file).is_file() else None
+
+
+def _old(path: Path) -> Path:
+    """The name that a folder has while a new one takes its place."""
+    return path.with_name(f".{path.name}.old")
 
 
 def write_json(path: str | Path, data: Any) -> None:

@@ -261,3 +261,49 @@ def test_replacing_an_older_artifact(saved: Path) -> None:
 def test_calling_by_name_and_by_position() -> None:
     artifact, batch = cnn("functional").artifact, cnn("functional").batch
     assert torch.equal(artifact(input=batch), artifact(batch))
+
+
+def kill_after_first_rename(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Save once more, killed when the old folder is moved away and the new one has not come yet."""
+    rename = os.rename
+
+    def first_only(source: Any, target: Any) -> None:
+        if Path(target) == folder:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", first_only)
+    with pytest.raises(KeyboardInterrupt):
+        cnn("mixed").artifact.save(folder)
+    monkeypatch.undo()
+    assert not folder.exists()
+
+
+def test_a_kill_between_the_two_renames_keeps_the_old_artifact(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = content(saved)
+    kill_after_first_rename(saved, monkeypatch)
+    again = qt.Artifact.load(saved)
+    assert set(again.tensors) == set(cnn("functional").artifact.tensors)
+    assert content(again.save(saved)) == before
+    assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+def test_a_second_kill_keeps_it_too(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old folder is the only one now: a save must not remove it before the new one stands."""
+    kill_after_first_rename(saved, monkeypatch)
+    kill_after_first_rename(saved, monkeypatch)
+    assert set(qt.Artifact.load(saved).tensors) == set(cnn("functional").artifact.tensors)
+
+
+def test_what_is_left_of_an_older_artifact_is_no_substitute(saved: Path) -> None:
+    """A folder that stands and is damaged is an error, whatever lies beside it."""
+    older = cnn("mixed").artifact.save(saved.with_name(f".{saved.name}.old"))
+    assert (older / "config.json").is_file()
+    (saved / "config.json").unlink()
+    refused(saved, "is not an artifact")
+
+
+@pytest.mark.parametrize("place", [".", "/", "no/such/folder"])
+def test_a_path_without_a_name_is_refused_too(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(Path(place), "is not an artifact")

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import qatana as qt
 from qatana.cli import app
 
-COMMANDS = ("plan", "calibrate", "train", "convert", "export", "verify", "report", "run", "demo")
+COMMANDS = ("plan", "calibrate", "train", "convert", "export", "verify", "report", "run", "ptq", "formats", "demo")
 
 
 def qatana(*arguments: Any) -> str:

@@ -16,13 +16,13 @@ import qatana as qt
 from qatana.nn.conv import Conv
 from qatana.nn.linear import Linear
 
-FLOWS = [*CASES, "functional, 4 bits", "ort:int8", "ort:int8-dynamic", "ort:int4", "ort:int2"]
+FLOWS = [*CASES, "functional, 4 bits", "ort:int8", "ort:int8-dynamic", "ort:int4", "ort:int2", "openvino:int8"]
 
 
 @pytest.fixture(params=FLOWS)
 def flow(request: pytest.FixtureRequest) -> Flow:
     name: str = request.param
-    if name.startswith("ort:"):
+    if ":" in name:
         return bert(name)
     return cnn(name.partition(",")[0], 4 if "4 bits" in name else 8)
 

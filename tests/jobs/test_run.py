@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch import nn
 
 import qatana as qt
 from qatana.files import write_json
@@ -288,3 +290,30 @@ def test_several_seeds_give_mean_and_spread(tiny: dict[str, Any], tmp_path: Path
         "report.html",
         "certificate.json",
     }
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_ptq_deploys_every_recipe_beside_what_is_trained(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """Static, dynamic and in blocks, in one call; the files are those of the PTQ phase, and no QAT stage runs."""
+    names = {"int8": "ort:int8", "dynamic": "ort:int8-dynamic", "int4": "ort:int4"}
+    section = tiny["recipes"][0]
+    job = job_of(tiny | {"recipes": [section | {"name": n, "recipe": r} for n, r in names.items()]})
+    outcome = run_job(job, tmp_path, ptq=True)
+    assert outcome.failures == []
+    assert {p.name for p in tmp_path.glob("*.onnx")} == {"float.onnx", *(f"{name}-ptq.onnx" for name in names)}
+    assert {row["name"] for row in summary(tmp_path / "ptq")["rows"]} == {"float", *(f"{name}-ptq" for name in names)}
+    assert not list((tmp_path / "stages").glob("*.qat.json"))
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_ptq_in_python() -> None:
+    """The model that plan, prepare and calibrate give, on the batches of an iterator that runs once."""
+    float_model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    batches = [torch.randn(4, 8) for _ in range(3)]
+    made = qt.ptq(copy.deepcopy(float_model), "ort:int8-dynamic", iter(batches))
+    by_hand = qt.calibrate(qt.prepare(float_model, qt.plan(float_model, "ort:int8-dynamic", batches[0])), batches)
+    assert torch.equal(made(batches[0]), by_hand(batches[0]))
+    assert all(quantizer.enabled for quantizer in qt.quantizers(made).values())
+    with pytest.raises(qt.DataError, match="no batch"):
+        qt.ptq(nn.Sequential(nn.Linear(8, 8)), "ort:int8-dynamic", [])

@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import qatana as qt
+from qatana.nn.conv import Conv
+from qatana.nn.elementwise import Add, GlobalAveragePool
 from qatana.nn.linear import Linear
 from qatana.numerics import Granularity, Scheme
 from qatana.quantizer import Quantizer
@@ -80,6 +82,81 @@ def test_learned_activation_scale_counts_the_features_of_one_sample(signed: bool
     bound = 240 * 2.0**-24 * (np.abs(gs) + np.abs((upstream * x / quantizer.scale.detach()).numpy())).sum()
     assert quantizer.scale.grad is not None
     assert abs(float(quantizer.scale.grad) - expected) <= bound
+
+
+ACTIVATION = qt.scheme("uint8", symmetric=False, scale="learned")
+
+
+def static(name: str, x: torch.Tensor) -> Quantizer:
+    """A quantizer with a learned scale that clips x a little."""
+    quantizer = Quantizer(ACTIVATION, None, name)
+    quantizer.observe(0.8 * x)
+    quantizer.settle()
+    quantizer.enabled = True
+    return quantizer
+
+
+def quantized_operators() -> dict[str, tuple[torch.nn.Module, tuple[torch.Tensor, ...], torch.Tensor]]:
+    """Operators that requantize, their inputs, and their outputs before that, in float64 on the dequantized operands."""
+    x, other = torch.randn(6, 4, 5, 5), torch.randn(6, 4, 5, 5)
+    qx, qo = static("x", x), static("other", other)
+    weights = {"linear": torch.randn(7, 5), "conv": torch.randn(3, 4, 3, 3)}
+    found: dict[str, torch.nn.Module] = {
+        "linear": Linear(torch.nn.Parameter(weights["linear"]), None),
+        "conv": Conv(torch.nn.Conv2d(4, 3, 3, bias=False), None, False, "onnxruntime"),
+        "add": Add(False, "onnxruntime"),
+        "pool": GlobalAveragePool("onnxruntime"),
+    }
+    found["conv"].weight = torch.nn.Parameter(weights["conv"])
+    hats = {}
+    for name, weight in weights.items():
+        quantizer = Quantizer(qt.scheme("int8n", "channel", scale="dynamic"), tuple(weight.shape), "w")
+        quantizer.enabled = True
+        found[name].weight_quantizer, hats[name] = quantizer, quantizer(weight).double()
+    with torch.no_grad():
+        a, b = qx(x).double(), qo(other).double()
+        exact = {
+            "linear": torch.nn.functional.linear(a, hats["linear"]),
+            "conv": torch.nn.functional.conv2d(a, hats["conv"]),
+            "add": a + b,
+            "pool": a.mean((2, 3), keepdim=True),
+        }
+    for name, layer in found.items():
+        layer.input_quantizer = qx
+        layer.output_quantizer = static("y", exact[name].float())
+    found["add"].other_quantizer = qo
+    return {name: (layer, (x, other) if name == "add" else (x,), exact[name]) for name, layer in found.items()}
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv", "add", "pool"])
+def test_learned_output_scales(kind: str) -> None:
+    """The same closed form where a layer requantizes: x is its exact output, N the features of one sample of it."""
+    layer, inputs, exact = quantized_operators()[kind]
+    output, upstream = layer.output_quantizer, torch.randn(exact.shape)
+    (layer(*inputs) * upstream).sum().backward()
+    zero = float(output.zero_point)
+    v = exact.numpy() / output.scale.detach().double().numpy()
+    assert (np.abs(np.abs(v - np.floor(v)) - 0.5) > 1e-5).all()  # no tie, so codes do not depend on the last bit
+    _, gs = lsq(exact.numpy(), output.scale.detach().double().numpy(), -zero, 255 - zero, upstream.double().numpy())
+    factor = (exact[0].numel() * 255) ** -0.5
+    # v in float32 after a product of three factors: 4 roundings of 2^-24 of |v|; then a float32 sum of n terms
+    magnitude = (np.abs(upstream.numpy()) * (1 + np.abs(v))).sum()
+    assert abs(float(output.scale.grad) - gs.sum() * factor) <= (4 + exact.numel()) * 2.0**-24 * magnitude * factor
+
+
+def test_learned_input_scale_of_a_sum() -> None:
+    """Both ways from an operand's scale to the sum, by its codes and by the sum's own arithmetic, carry the same factor."""
+    layer, (a, b), exact = quantized_operators()["add"]
+    qa, qy, upstream = layer.input_quantizer, layer.output_quantizer, torch.randn(exact.shape)
+    (layer(a, b) * upstream).sum().backward()
+    v = np.rint(exact.numpy() / qy.scale.detach().double().numpy()) + float(qy.zero_point)
+    masked = upstream.double().numpy() * ((v >= 0) & (v <= 255))
+    zero, scale = float(qa.zero_point), qa.scale.detach().numpy()
+    _, gs = lsq(a.numpy(), scale, -zero, 255 - zero, masked)
+    factor = (a[0].numel() * 255) ** -0.5
+    magnitude = (np.abs(masked) * (1 + np.abs(a.numpy() / scale))).sum()
+    # as above
+    assert abs(float(qa.scale.grad) - gs.sum() * factor) <= (4 + a.numel()) * 2.0**-24 * magnitude * factor
 
 
 def integer_linear(output: bool) -> Linear:

@@ -17,6 +17,7 @@ from qatana.nn.conv import Conv
 from qatana.nn.elementwise import Activation, Add, GlobalAveragePool
 from qatana.nn.embedding import Embedding
 from qatana.nn.linear import Linear
+from qatana.numerics import fake_quantize_by
 from qatana.quantizer import Quantizer
 
 ENGINE = "onnxruntime"
@@ -279,3 +280,48 @@ def test_attention_dropout_only_while_training() -> None:
     q, k, v = (torch.randn(1, 2, 6, 4) for _ in "qkv")
     assert torch.equal(layer.eval()(q, k, v, None, 0.5, 0.9), layer(q, k, v, None, 0.5))
     assert not torch.equal(layer.train()(q, k, v, None, 0.5, 0.9), layer.eval()(q, k, v, None, 0.5))
+
+
+# -- formats that integer layers do not multiply ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("nvfp4", {}), ("mxfp4", {}), ("gguf:q4_0", {}), ("fp8:e4m3/channel", {"scale": "dynamic"}), ("binary", {})],
+)
+def test_embedding_in_other_formats_is_the_quantized_table(name: str, options: Any) -> None:
+    """Rows of the table quantized whole, by itself, whichever way the layer takes; gradients reach those rows alone."""
+    layer = Embedding(nn.Parameter(torch.randn(10, 64)))
+    scheme = qt.scheme(name, **options)
+    quantizer = Quantizer(scheme, (10, 64), "weight")
+    layer.weight_quantizer = quantizer
+    quantizer.enabled = True
+    ids = torch.tensor([[1, 4], [4, 9]])
+    out = layer(ids)
+    assert torch.equal(out, fake_quantize_by(layer.weight.detach(), scheme)[ids])
+    out.sum().backward()
+    assert layer.weight.grad is not None
+    assert set(layer.weight.grad.abs().sum(1).nonzero().flatten().tolist()) <= {1, 4, 9}
+
+
+def test_convolution_in_other_formats_is_a_float_convolution() -> None:
+    """fp8 weights per channel beside integer activations: torch's convolution of what the quantizers read back."""
+    conv = nn.Conv2d(3, 4, 3)
+    layer = Conv(conv, None, False, ENGINE)
+    made = slots(layer, None, "input", "output")
+    made["weight"] = layer.weight_quantizer = Quantizer(
+        qt.scheme("fp8:e4m3/channel", scale="dynamic"), tuple(conv.weight.shape), "weight"
+    )
+    x = torch.randn(2, 3, 6, 6)
+    calibrate(layer, {role: made[role] for role in ("input", "output")}, x)
+    made["weight"].enabled = True
+    assert not layer.integer
+    w_hat = fake_quantize_by(conv.weight, made["weight"].scheme)
+    expected = made["output"](F.conv2d(made["input"](x), w_hat, conv.bias))
+    assert torch.equal(layer(x), expected)
+
+
+def test_a_weight_has_no_tokens() -> None:
+    recipe = qt.recipe("ort:int8-dynamic").rule("*", weight={"granularity": "token", "scale": "dynamic"})
+    with pytest.raises(qt.QatanaError, match="a weight has no tokens"):
+        qt.plan(nn.Sequential(nn.Linear(8, 8)), recipe, torch.randn(2, 8))

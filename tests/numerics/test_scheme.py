@@ -25,6 +25,8 @@ from qatana.numerics.parameters import SMALLEST_SCALE
         ("uint3", 0, 7, 4, torch.uint8),
         ("int2", -2, 1, 2, torch.int8),
         ("int2n", -1, 1, 2, torch.int8),
+        ("uint1", 0, 1, 1, torch.uint8),
+        ("int1", -1, 0, 1, torch.int8),
     ],
 )
 def test_formats(name: str, lo: int, hi: int, stored: int, dtype: torch.dtype) -> None:
@@ -32,14 +34,14 @@ def test_formats(name: str, lo: int, hi: int, stored: int, dtype: torch.dtype) -
     assert (format.lo, format.hi, format.stored_bits, format.dtype, str(format)) == (lo, hi, stored, dtype, name)
 
 
-@pytest.mark.parametrize("name", ["int9", "int1", "float8", "uint8n!", "INT8", "", "int", "int16"])
+@pytest.mark.parametrize("name", ["int9", "int0", "float8", "uint8n!", "INT8", "", "int", "int16"])
 def test_unknown_formats(name: str) -> None:
     with pytest.raises(SchemeError, match=f"unknown number format '{name}'; write 'int8'"):
         IntFormat.parse(name)
 
 
 def test_impossible_formats() -> None:
-    with pytest.raises(SchemeError, match="2 to 8 bits, not 9"):
+    with pytest.raises(SchemeError, match="1 to 8 bits, not 9"):
         IntFormat(9)
     with pytest.raises(SchemeError, match="narrow range exists for signed formats only"):
         IntFormat.parse("uint4n")
@@ -122,7 +124,7 @@ def test_impossible_schemes(make: Any, message: str) -> None:
 
 def test_schemes_print_and_count() -> None:
     assert str(scheme("int4", "group32", scale="learned", range="mse")) == "int4/group32 sym learned mse"
-    assert str(scheme("uint8", symmetric=False, fixed=(0.5, 3))) == "uint8/tensor asym fixed"
+    assert str(scheme("uint8", symmetric=False, fixed=(0.5, 3))) == "uint8/tensor asym fixed=0.5,3"
     assert str(scheme("int8", "token", scale="dynamic")) == "int8/token sym dynamic"
     assert scheme("int4", "group32").bits_per_element == 5.0  # 4 + 32 / 32
     assert scheme("int2", "block4x16").bits_per_element == 2.5  # 2 + 32 / 64

@@ -176,3 +176,24 @@ def test_bad_files(tmp_path: Path, name: str, data: bytes, message: str) -> None
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"cannot read recipe .*none.yaml: No such file"):
         Recipe.load(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("kind", "format", "granularity", "scales", "expected"),
+    [
+        ("linear", "int4", "channel", 8, 8 * 32 + 8 * 4),  # QGemm takes int8 codes, whatever their range
+        ("conv", "int2", "channel", 8, 8 * 32 + 8 * 4),
+        ("linear", "int4", "group32", 8, 8 * 32 / 2 + 8 * 4),  # MatMulNBits
+        ("linear", "int2", "group32", 8, 8 * 32 / 4 + 8 * 4),
+        ("embedding", "int4", "channel", 8, 8 * 32 / 2 + 8 * 4),  # GatherBlockQuantized
+        ("embedding", "int8", "channel", 8, 8 * 32 + 8 * 4),
+    ],
+)
+def test_bytes_of_a_weight_are_those_of_the_file(
+    kind: str, format: str, granularity: str, scales: int, expected: float
+) -> None:
+    """A weight of (8, 32): what convert stores and the operator of the file takes."""
+    from qatana.recipe import Row
+
+    row = Row("w", "m", kind, "", "weight", qt.scheme(format, granularity), "", elements=8 * 32, scales=scales)
+    assert row.bytes == expected

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from qatana.artifact.graph_json import decode_graph, encode_graph
 from qatana.errors import ArtifactError
-from qatana.files import read_json, replacing_folder, write_json
+from qatana.files import read_json, replacing_folder, standing_folder, write_json
 from qatana.recipe import Plan, Recipe
 
 FORMAT = "qatana-artifact"
@@ -68,7 +68,11 @@ class Artifact:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        return dict(self.graph_module.named_buffers())
+        """Codes, scales and float parameters, in the order in which the graph reads them; then those that it does not read."""
+        found = dict(self.graph_module.named_buffers())
+        nodes = (argument for node in self.graph_module.graph.nodes for argument in node.all_input_nodes)
+        read = [str(node.target) for node in nodes if node.op == "get_attr"]
+        return {name: found[name] for name in dict.fromkeys((*read, *found)) if name in found}
 
     def operators(self) -> list[fx.Node]:
         """The integer operators, in order."""
@@ -107,12 +111,15 @@ class Artifact:
 
     @classmethod
     def load(cls, path: str | Path) -> Artifact:
-        """Read a folder written by `save`. Raises: ArtifactError if it is missing, foreign, truncated or mixed up."""
-        path = Path(path)
-        if not (path / "config.json").is_file():
+        """Read a folder written by `save`; after a save that was killed between its two renames, the one that was there before.
+
+        Raises: ArtifactError if it is missing, foreign, truncated or mixed up."""
+        place = standing_folder(path, "config.json")
+        if place is None:
             raise ArtifactError(
                 f"{path} is not an artifact: it has no config.json; qatana.convert(...).save(path) writes one"
             )
+        path = place
         config = read_json(path / "config.json")
         if not isinstance(config, dict) or config.get("format") != FORMAT:
             raise ArtifactError(f"{path}/config.json was not written by qatana.convert")

@@ -1,4 +1,4 @@
-"""The flow in the shell: `qatana plan | calibrate | train | convert | export | verify | report | run | demo`."""
+"""The flow in the shell: `qatana plan | calibrate | train | convert | export | verify | report | run | ptq | formats | demo`."""
 
 from qatana.cli.app import app
 

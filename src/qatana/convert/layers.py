@@ -50,7 +50,7 @@ def convert_linear(layer: Linear) -> nn.Module:
     if w.scheme.granularity.kind == "group":
         if x.scheme.granularity != w.scheme.granularity:
             raise ExportError(f"{x.name}: MatMulNBits quantizes inputs in the weight's groups ({w.scheme.granularity})")
-        bits, size = w.scheme.format.stored_bits, w.scheme.granularity.size
+        bits, size = w.scheme.integer.stored_bits, w.scheme.granularity.size
         packed = pack_unsigned(codes, bits)
         return BlockLinear(packed, scale.squeeze(-1), bias, bits, size)
     scale = scale.reshape(-1).expand(codes.shape[0]).contiguous()
@@ -79,24 +79,24 @@ def convert_conv(layer: Conv) -> nn.Module:
         raise ExportError(
             "a convolution ships with weight, input and output quantized, or float: check the recipe's rules"
         )
-    if layer.relu and int(y.zero_point) != y.scheme.format.lo:
+    if layer.relu and int(y.zero_point) != y.scheme.integer.lo:
         raise ExportError(
-            f"{y.name}: the output of a ReLU needs its zero point at the lowest code {y.scheme.format.lo}"
+            f"{y.name}: the output of a ReLU needs its zero point at the lowest code {y.scheme.integer.lo}"
         )
     weight, bias, _ = layer.folded()
     codes, scale = weight_codes(w, weight.detach())
     scale = scale.reshape(-1).expand(codes.shape[0]).contiguous()
     term = None if bias is None else _bias(layer.engine, bias.detach(), x.affine().scale * scale)
-    return IntegerConv(
-        codes, scale, term, Codes(x), Codes(y), (layer.stride, layer.padding, layer.dilation, layer.groups)
-    )
+    other = None if layer.other_quantizer is None else Codes(layer.other_quantizer)
+    geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+    return IntegerConv(codes, scale, term, Codes(x), other, Codes(y), geometry)
 
 
 def convert_embedding(layer: Embedding) -> nn.Module:
     """The table as codes, packed below 8 bits."""
     assert layer.weight_quantizer is not None
     codes, scale = weight_codes(layer.weight_quantizer, layer.weight.detach())
-    bits = layer.weight_quantizer.scheme.format.stored_bits
+    bits = layer.weight_quantizer.scheme.integer.stored_bits
     size = layer.weight_quantizer.scheme.granularity.size or layer.embedding_dim
     codes = codes.reshape(layer.num_embeddings, -1)
     stored = codes if bits == 8 else pack_unsigned(codes, bits)

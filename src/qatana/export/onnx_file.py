@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from qatana.artifact import Artifact
 from qatana.errors import ExportError, require
-from qatana.export.translations import OPSET, table
+from qatana.export.dequantize_first import dequantize_first
+from qatana.export.program import onnx_program
+from qatana.export.translations import OPENVINO
 from qatana.files import replacing
 
 METADATA = "qatana"
@@ -43,36 +44,18 @@ def onnx_model(artifact: Artifact) -> Any:
     require("onnxscript", "onnx")
     onnx = require("onnx", "onnx")
     with _quiet():
-        program = _translate(artifact)
+        program = onnx_program(artifact)
     model = program.model_proto
     names = _value_names(artifact, program)
     _tidy(model, onnx)
+    if artifact.engine == OPENVINO:
+        dequantize_first(model, set(names))
     kept = _rename(model, names)
     model.graph.name, model.producer_name = "qatana", "qatana"
     entry = model.metadata_props.add()
     entry.key, entry.value = METADATA, json.dumps({"target": artifact.target, "values": kept})
     onnx.checker.check_model(model)
     return model
-
-
-def _translate(artifact: Artifact) -> Any:
-    dynamic = torch.export.Dim.DYNAMIC
-    shapes = tuple({int(axis): dynamic for axis in x["dynamic"]} for x in artifact.config["inputs"])
-    try:
-        return torch.onnx.export(
-            artifact.graph_module.eval(),
-            artifact.example_inputs(),
-            dynamo=True,
-            custom_translation_table=table(),
-            dynamic_shapes=shapes,
-            input_names=[x["name"] for x in artifact.config["inputs"]],
-            opset_version=OPSET,
-            optimize=False,
-            verbose=False,
-        )
-    except torch.onnx.OnnxExporterError as error:
-        cause = error.__cause__ or error
-        raise ExportError(f"the graph has no ONNX form: {str(cause).strip().splitlines()[0]}") from error
 
 
 def names_of_operators(artifact: Artifact) -> dict[str, str]:

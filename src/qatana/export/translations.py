@@ -15,6 +15,8 @@ from qatana.errors import require
 from qatana.export import microsoft
 
 OPSET = 21
+OPENVINO = "openvino"
+"""Name of the engine whose files have float biases and no reshape around a linear layer."""
 
 
 def _op() -> Any:
@@ -37,12 +39,16 @@ def _zero(codes: Any, zero_point: int) -> Any:
     return _const(zero_point, np.int8 if signed else np.uint8)
 
 
-def _quantize(x: Any, scale: float, zero_point: int, lo: int, hi: int) -> Any:
-    """QuantizeLinear, then Clip on the codes where the format is narrower than its 8-bit container."""
+def _quantize(x: Any, scale: float, zero_point: int, lo: int, hi: int, engine: str) -> Any:
+    """QuantizeLinear, with a Clip where the format is narrower than its 8-bit container: on the codes, for OpenVINO on the floats (a
+    node between QuantizeLinear and DequantizeLinear would keep it from running the next operator on integers)."""
     op, kind = _op(), _code_type(lo)
-    codes = op.QuantizeLinear(x, _const(scale, np.float32), _const(zero_point, kind))
     full = np.iinfo(kind)
-    if (lo, hi) != (full.min, full.max):
+    narrow = (lo, hi) != (full.min, full.max)
+    if narrow and engine == OPENVINO:
+        x = op.Clip(x, *(_const(np.float32(scale) * np.float32(end - zero_point), np.float32) for end in (lo, hi)))
+    codes = op.QuantizeLinear(x, _const(scale, np.float32), _const(zero_point, kind))
+    if narrow and engine != OPENVINO:
         codes = op.Clip(codes, _const(lo, kind), _const(hi, kind))
     return codes
 
@@ -53,7 +59,7 @@ def _dequantize(codes: Any, scale: float, zero_point: int) -> Any:
 
 def quantize(x, scale: float, zero_point: int, lo: int, hi: int, engine: str, name: str):
     """QuantizeLinear."""
-    return _quantize(x, scale, zero_point, lo, hi)
+    return _quantize(x, scale, zero_point, lo, hi, engine)
 
 
 def dequantize(codes, scale: float, zero_point: int):
@@ -61,7 +67,9 @@ def dequantize(codes, scale: float, zero_point: int):
     return _dequantize(codes, scale, zero_point)
 
 
-def _gemm(codes: Any, x_scale: float, x_zero_point: int, weight: Any, weight_scale: Any, bias: Any) -> tuple[Any, Any]:
+def _gemm(
+    codes: Any, x_scale: float, x_zero_point: int, weight: Any, weight_scale: Any, bias: Any, engine: str
+) -> tuple[Any, Any]:
     """Reshape -> DQ -> Gemm with weight and int32 bias behind DQ (2-D); and the shape that the result returns to."""
     op = _op()
     rank = len(codes.shape)
@@ -70,23 +78,38 @@ def _gemm(codes: Any, x_scale: float, x_zero_point: int, weight: Any, weight_sca
         shape = op.Concat(op.Shape(codes, start=0, end=rank - 1), _const([weight.shape[0]], np.int64), axis=0)
         codes = op.Reshape(codes, _const([-1, weight.shape[1]], np.int64))
     x = _dequantize(codes, x_scale, x_zero_point)
-    w, b = _constants(weight, weight_scale, bias, x_scale)
+    w, b = _constants(weight, weight_scale, bias, x_scale, engine)
     return op.Gemm(x, w, *b, transB=1), shape
 
 
-def _constants(weight: Any, weight_scale: Any, bias: Any, x_scale: float) -> tuple[Any, list[Any]]:
-    """Weight and, if any, int32 bias behind DequantizeLinear. The zero points are written out: without them nothing fuses."""
+def _constants(weight: Any, weight_scale: Any, bias: Any, x_scale: float, engine: str) -> tuple[Any, list[Any]]:
+    """Weight behind DequantizeLinear and, if any, the bias: int32 behind one too, or float for OpenVINO. The zero points are written
+    out: without them nothing fuses."""
     op, zeros = _op(), lambda kind: _const(np.zeros(weight.shape[0]), kind)
     w = op.DequantizeLinear(weight, weight_scale, zeros(np.int8), axis=0)
     if bias is None:
         return w, []
+    if engine == OPENVINO:
+        return w, [bias]
     s32 = op.Mul(_const(x_scale, np.float32), weight_scale)
     return w, [op.DequantizeLinear(bias, s32, zeros(np.int32), axis=0)]
 
 
+def _linear(
+    codes: Any, x_scale: float, x_zero_point: int, weight: Any, weight_scale: Any, bias: Any, engine: str
+) -> tuple[Any, Any]:
+    """The float output of a linear layer; and the shape that it returns to, or None."""
+    if engine != OPENVINO or len(codes.shape) == 2:
+        return _gemm(codes, x_scale, x_zero_point, weight, weight_scale, bias, engine)
+    op = _op()
+    w, b = _constants(weight, weight_scale, bias, x_scale, engine)
+    y = op.MatMul(_dequantize(codes, x_scale, x_zero_point), op.Transpose(w, perm=[1, 0]))
+    return (op.Add(y, *b) if b else y), None
+
+
 def linear(codes, x_scale: float, x_zero_point: int, weight, weight_scale, bias, engine: str):
-    """Gemm with a float output: QGemm."""
-    y, shape = _gemm(codes, x_scale, x_zero_point, weight, weight_scale, bias)
+    """A linear layer with a float output: QGemm; FullyConnected."""
+    y, shape = _linear(codes, x_scale, x_zero_point, weight, weight_scale, bias, engine)
     return y if shape is None else _op().Reshape(y, shape)
 
 
@@ -94,23 +117,20 @@ def linear_requantize(
     codes, x_scale: float, x_zero_point: int, weight, weight_scale, bias,
     scale: float, zero_point: int, lo: int, hi: int, engine: str, name: str,
 ):  # fmt: skip
-    """Gemm between DQ and Q: QGemm."""
-    y, shape = _gemm(codes, x_scale, x_zero_point, weight, weight_scale, bias)
-    out = _quantize(y, scale, zero_point, lo, hi)
+    """A linear layer between DQ and Q: QGemm; FullyConnected."""
+    y, shape = _linear(codes, x_scale, x_zero_point, weight, weight_scale, bias, engine)
+    out = _quantize(y, scale, zero_point, lo, hi, engine)
     return out if shape is None else _op().Reshape(out, shape)
 
 
-def conv_requantize(
+def _conv(
     codes, x_scale: float, x_zero_point: int, weight, weight_scale, bias,
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
-    scale: float, zero_point: int, lo: int, hi: int, engine: str, name: str,
-):  # fmt: skip
-    """Conv between DQ and Q: QLinearConv."""
-    op = _op()
-    x = _dequantize(codes, x_scale, x_zero_point)
-    w, b = _constants(weight, weight_scale, bias, x_scale)
-    y = op.Conv(
-        x,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, engine: str,
+) -> Any:  # fmt: skip
+    """DQ -> Conv, with a float output."""
+    w, b = _constants(weight, weight_scale, bias, x_scale, engine)
+    return _op().Conv(
+        _dequantize(codes, x_scale, x_zero_point),
         w,
         *b,
         strides=list(stride),
@@ -119,7 +139,28 @@ def conv_requantize(
         group=groups,
         kernel_shape=list(weight.shape[2:]),
     )
-    return _quantize(y, scale, zero_point, lo, hi)
+
+
+def conv_requantize(
+    codes, x_scale: float, x_zero_point: int, weight, weight_scale, bias,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+    scale: float, zero_point: int, lo: int, hi: int, engine: str, name: str,
+):  # fmt: skip
+    """Conv between DQ and Q: QLinearConv; Convolution."""
+    head = (codes, x_scale, x_zero_point, weight, weight_scale, bias, stride, padding, dilation, groups)
+    return _quantize(_conv(*head, engine), scale, zero_point, lo, hi, engine)
+
+
+def conv_add_requantize(
+    codes, x_scale: float, x_zero_point: int, weight, weight_scale, bias,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+    other, other_scale: float, other_zero_point: int,
+    scale: float, zero_point: int, lo: int, hi: int, engine: str, name: str,
+):  # fmt: skip
+    """Conv -> Add of a dequantized tensor -> Q: one Convolution."""
+    head = (codes, x_scale, x_zero_point, weight, weight_scale, bias, stride, padding, dilation, groups)
+    total = _op().Add(_conv(*head, engine), _dequantize(other, other_scale, other_zero_point))
+    return _quantize(total, scale, zero_point, lo, hi, engine)
 
 
 def matmul(a, a_scale: float, a_zero_point: int, b, b_scale: float, b_zero_point: int, engine: str):
@@ -133,7 +174,7 @@ def matmul_requantize(
 ):  # fmt: skip
     """MatMul between DQ and Q: QLinearMatMul."""
     y = _op().MatMul(_dequantize(a, a_scale, a_zero_point), _dequantize(b, b_scale, b_zero_point))
-    return _quantize(y, scale, zero_point, lo, hi)
+    return _quantize(y, scale, zero_point, lo, hi, engine)
 
 
 def add_requantize(
@@ -142,7 +183,7 @@ def add_requantize(
 ):  # fmt: skip
     """Add between DQ and Q: QLinearAdd."""
     y = _op().Add(_dequantize(a, a_scale, a_zero_point), _dequantize(b, b_scale, b_zero_point))
-    return _quantize(y, scale, zero_point, lo, hi)
+    return _quantize(y, scale, zero_point, lo, hi, engine)
 
 
 def global_average_pool_requantize(
@@ -150,7 +191,7 @@ def global_average_pool_requantize(
 ):
     """GlobalAveragePool between DQ and Q: QLinearGlobalAveragePool."""
     y = _op().GlobalAveragePool(_dequantize(codes, x_scale, x_zero_point))
-    return _quantize(y, scale, zero_point, lo, hi)
+    return _quantize(y, scale, zero_point, lo, hi, engine)
 
 
 def max_pool2d(x, kernel_size: Sequence[int], stride: Sequence[int] = (), padding: Sequence[int] = (0, 0),
@@ -208,6 +249,7 @@ def table() -> dict[Any, Callable[..., Any]]:
         ops.linear.default: linear,
         ops.linear_requantize.default: linear_requantize,
         ops.conv_requantize.default: conv_requantize,
+        ops.conv_add_requantize.default: conv_add_requantize,
         ops.matmul.default: matmul,
         ops.matmul_requantize.default: matmul_requantize,
         ops.add_requantize.default: add_requantize,

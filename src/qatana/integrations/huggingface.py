@@ -48,11 +48,7 @@ class QatanaCallback(TrainerCallback, ExportableState):
         }
         self.controller: qt.Controller | None = None
 
-    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        save_shared_quantizers_once(kwargs["model"])
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        save_shared_quantizers_once(kwargs["model"])
         self.controller = qt.Controller(kwargs["model"], state.max_steps, **self.schedule)
         saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
         if isinstance(saved, list):
@@ -68,24 +64,6 @@ class QatanaCallback(TrainerCallback, ExportableState):
         """What the Trainer writes into trainer_state.json."""
         saved = None if self.controller is None else self.controller.state_dict()
         return {"args": dict(self.schedule), "attributes": {"saved": saved}}
-
-
-def save_shared_quantizers_once(model: Any) -> None:
-    """Let `save_pretrained` write a quantizer that several layers share under its first name only.
-
-    Layers that read the same tensor (query, key, value) share one quantizer, and `save_pretrained` refuses
-    tensors that appear twice. Loading into a prepared model needs one name, the others being the same tensors.
-    No effect on other models."""
-    if not hasattr(model, "_keys_to_ignore_on_save"):
-        return
-    seen: set[int] = set()
-    again: set[str] = set()
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, qt.Quantizer):
-            if id(module) in seen:
-                again |= {f"{name}.{key}" for key in module.state_dict()}
-            seen.add(id(module))
-    model._keys_to_ignore_on_save = {*(model._keys_to_ignore_on_save or ()), *again}
 
 
 class Distillation:

@@ -98,7 +98,7 @@ def _float_candidates(run: Run) -> list[Candidate]:
                 "float", engine, file, file.result["bytes"], lambda e=engine: run.file_runner("float.onnx", e), "float"
             )
         )
-    if run.job.float_.longer is not None:
+    if run.job.float_.longer is not None and not run.ptq_only:
         longer = run.float_longer()
         found.append(
             Candidate(
@@ -184,7 +184,7 @@ def total(counts: Iterable[dict[str, Number]]) -> dict[str, Number]:
 def _curves(run: Run) -> dict[str, Any]:
     found = {"float": run.float_().result["curve"]}
     for section in run.job.recipes:
-        if section.training is not None:
+        if QAT in run.phases(section):
             found[f"{section.name}-{QAT}"] = run.qat(section).result["curve"]
     return {name: curve for name, curve in found.items() if curve}
 

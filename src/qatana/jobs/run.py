@@ -30,10 +30,14 @@ PTQ, QAT = "ptq", "qat"
 
 
 class Run:
-    """Stages of a job in a folder. Nothing is computed until a stage is asked for."""
+    """Stages of a job in a folder. Nothing is computed until a stage is asked for.
 
-    def __init__(self, job: Job, folder: str | Path, seed: int, progress: Progress, *, restart: bool = False) -> None:
-        self.job, self.folder, self.seed, self.progress = job, Path(folder), seed, progress
+    ptq  calibrate only, whatever the recipes train; file names are those of a job's PTQ models, so both fit into one folder"""
+
+    def __init__(
+        self, job: Job, folder: str | Path, seed: int, progress: Progress, *, restart: bool = False, ptq: bool = False
+    ) -> None:
+        self.job, self.folder, self.seed, self.progress, self.ptq_only = job, Path(folder), seed, progress, ptq
         self.stages = Stages(self.folder, progress, restart=restart)
 
     @cached_property
@@ -210,11 +214,11 @@ class Run:
 
     def phases(self, section: RecipeSection) -> list[str]:
         """PTQ, and QAT where the job trains."""
-        return [PTQ] if section.training is None else [PTQ, QAT]
+        return [PTQ] if section.training is None or self.ptq_only else [PTQ, QAT]
 
     def stem(self, section: RecipeSection, phase: str) -> str:
         """Name of what is deployed: the recipe's, with "-ptq" where the trained one is deployed too."""
-        return section.name if phase == self.phases(section)[-1] else f"{section.name}-{phase}"
+        return section.name if phase == QAT or section.training is None else f"{section.name}-{phase}"
 
     # -- judged ----------------------------------------------------------------------------------------------------
     def evaluate(self, name: str, engine: str, source: Record, runner: Any) -> Record:
@@ -245,7 +249,7 @@ class Run:
             return bench.latencies(made, batch, spec.rounds, self.progress)
 
         inputs = {**sources, "benchmark": spec.model_dump(), "threads": bench.threads()}
-        return self.stages.run("benchmark", inputs, work, (), "measure latency")
+        return self.stages.run(f"benchmark{'-ptq' * self.ptq_only}", inputs, work, (), "measure latency")
 
     def torch_runner(self, model: nn.Module) -> Runner:
         return TorchRunner(model)

@@ -29,31 +29,34 @@ class Outcome:
     results: list[Results]
 
 
-def runs(job: Job, folder: str | Path, progress: Progress, *, restart: bool = False) -> list[Run]:
+def runs(job: Job, folder: str | Path, progress: Progress, *, restart: bool = False, ptq: bool = False) -> list[Run]:
     """One Run per seed: in the folder itself, or in seed-N below it where there are several."""
     folder = Path(folder)
     several = len(job.seeds) > 1
     return [
-        Run(job, folder / f"seed-{seed}" if several else folder, seed, progress, restart=restart) for seed in job.seeds
+        Run(job, folder / f"seed-{seed}" if several else folder, seed, progress, restart=restart, ptq=ptq)
+        for seed in job.seeds
     ]
 
 
 def run_job(
-    job: Job, folder: str | Path | None = None, *, progress: Progress | None = None, restart: bool = False
-) -> Outcome:
+    job: Job, folder: str | Path | None = None, *, progress: Progress | None = None, restart: bool = False,
+    ptq: bool = False,
+) -> Outcome:  # fmt: skip
     """Run a job, skipping stages that are done. Raises: QatanaError of whichever stage cannot go on.
 
+    ptq  calibrate, deploy and judge every recipe without training it; the report goes to folder/ptq/
     A certificate that fails does not stop the job: it stands in `Outcome.failures`."""
     progress = progress or Progress()
     target = Path(folder or job.output or f"runs/{job.name}")
     write_json(target / "job.json", job.model_dump(mode="json", by_alias=True, exclude={"folder", "output"}))
-    made = runs(job, target, progress, restart=restart)
+    made = runs(job, target, progress, restart=restart, ptq=ptq)
     results = []
     for run in made:
         if len(made) > 1:
             progress.say(f"[bold]seed {run.seed}[/]")
         results.append(collect(run))
-    files = reporting.write(job, results, target, measured(made[0]))
+    files = reporting.write(job, results, target / "ptq" if ptq else target, measured(made[0]))
     rows, spread = averaged(results)
     failures = [failure for result in results for failure in result.failures]
     return Outcome(target, files, reporting.table(results[0], rows, spread), failures, results)
@@ -71,7 +74,8 @@ def measured(run: Run) -> dict[str, Any]:
             return qt.measure(run.float_model(), run.model(section, PTQ), trained, batches, variant=section.name)
 
         inputs = {"ptq": run.ptq(section), "final": run.trained(section, final)}
-        record = run.stages.run(f"{section.name}.layers", inputs, work, (), f"{section.name}: error of each layer")
+        name = f"{section.name}.layers{'-ptq' * run.ptq_only}"
+        record = run.stages.run(name, inputs, work, (), f"{section.name}: error of each layer")
         for key in found:
             found[key] += record.result.get(key, [])
     return found

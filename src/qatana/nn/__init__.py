@@ -4,6 +4,16 @@ from qatana.nn.attention import AttentionProducts
 from qatana.nn.conv import Conv
 from qatana.nn.elementwise import Activation, Add, GlobalAveragePool
 from qatana.nn.embedding import Embedding
+from qatana.nn.gradient import quantize_gradients
 from qatana.nn.linear import Linear
 
-__all__ = ["Activation", "Add", "AttentionProducts", "Conv", "Embedding", "GlobalAveragePool", "Linear"]
+__all__ = [
+    "Activation",
+    "Add",
+    "AttentionProducts",
+    "Conv",
+    "Embedding",
+    "GlobalAveragePool",
+    "Linear",
+    "quantize_gradients",
+]

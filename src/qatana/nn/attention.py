@@ -49,7 +49,7 @@ class AttentionProducts(nn.Module):
         q, q_scale, _ = qq.activation_levels(query)
         k, k_scale, _ = qk.activation_levels(key)
         acc = accumulate.matmul(q, k.transpose(-1, -2), 255, 255)
-        return self.engine.linear(acc, (q_scale * scaling) * k_scale, None)
+        return self.engine.product(acc, (q_scale * scaling) * k_scale)
 
     def _context(self, probabilities: Tensor, value: Tensor) -> Tensor:
         qp, qv, qc = self.probability_quantizer, self.value_quantizer, self.context_quantizer
@@ -65,11 +65,11 @@ class AttentionProducts(nn.Module):
         acc = accumulate.matmul(p, v, 255, 255)
         s32 = p_scale * v_scale
         if qc is None or not qc.enabled:
-            context = self.engine.linear(acc, s32, None)
+            context = self.engine.product(acc, s32)
             return context if qc is None else qc(context)
         if qc.observing:
-            qc.observe(self.engine.linear(acc, s32, None).detach())
-        parameters = qc.affine()
-        context = self.engine.linear_levels(acc, s32, None, parameters)
+            qc.observe(self.engine.product(acc, s32).detach())
+        parameters = qc.affine(acc.shape)
+        context = self.engine.product_levels(acc, s32, parameters)
         qc.record(context, parameters.zero_point)
         return context * parameters.scale

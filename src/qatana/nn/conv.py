@@ -1,4 +1,4 @@
-"""Convolutions with slots, BatchNorm and ReLU folded during training.
+"""Convolutions with slots; BatchNorm, ReLU and, for engines that do so, a sum folded during training.
 
 The weight that is quantized is the one that ships, folded with the running statistics:
 
@@ -26,10 +26,11 @@ SMALLEST_FACTOR = 1e-8
 
 
 class Conv(nn.Module):
-    """1-D or 2-D convolution by the rank of the float layer, optionally followed by BatchNorm and ReLU.
+    """1-D or 2-D convolution by the rank of the float layer, optionally followed by BatchNorm, a sum and ReLU.
 
-    x (B, C, *space), W (N, C / groups, *kernel), y (B, N, *space'). Slots: weight_quantizer, input_quantizer,
-    output_quantizer. The float layers keep their places and state_dict keys: `batch_norm` is referred to, not owned."""
+    x (B, C, *space), W (N, C / groups, *kernel), y and, if given, the summand `other` (B, N, *space'). Slots: weight_quantizer,
+    input_quantizer, other_quantizer (of the summand), output_quantizer. The float layers keep their places and state_dict keys:
+    `batch_norm` is referred to, not owned."""
 
     def __init__(self, conv: nn.Module, batch_norm: nn.Module | None, relu: bool, engine: str) -> None:
         super().__init__()
@@ -47,6 +48,7 @@ class Conv(nn.Module):
         self._batch_norm = (batch_norm,)
         self.weight_quantizer: Quantizer | None = None
         self.input_quantizer: Quantizer | None = None
+        self.other_quantizer: Quantizer | None = None
         self.output_quantizer: Quantizer | None = None
 
     @property
@@ -74,34 +76,53 @@ class Conv(nn.Module):
         bias = bias if norm.bias is None else bias + norm.bias
         return self.weight * factor.view(-1, *(1,) * (self.weight.ndim - 1)), bias, factor
 
-    def forward(self, x: Tensor) -> Tensor:
+    @property
+    def integer(self) -> bool:
+        """Whether the forward pass runs on integers now: one scale per tensor and per output channel, integer codes."""
+        w, i, o, r = self.weight_quantizer, self.input_quantizer, self.output_quantizer, self.other_quantizer
+        if w is None or i is None or o is None:
+            return False
+        used = [q for q in (w, i, o, r) if q is not None]
+        per_channel = w.scheme.granularity.kind == "tensor" or str(w.scheme.granularity) == "channel"
+        return per_channel and all(q.enabled and q.scheme.is_integer for q in used)
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         norm = self.batch_norm
         if norm is not None and self.training and not self.freeze_batch_norm:
-            return self._with_batch_statistics(x)
+            return self._with_batch_statistics(x, other)
         weight, bias, _ = self.folded()
-        w, i, o = self.weight_quantizer, self.input_quantizer, self.output_quantizer
-        if not (w is not None and i is not None and o is not None and w.enabled and i.enabled and o.enabled):
-            return self._finish(self._convolve(self._input(x), self._weight(weight), bias))
+        if not self.integer:
+            return self._finish(self._convolve(self._input(x), self._weight(weight), bias), other)
+        w, i, o, r = self.weight_quantizer, self.input_quantizer, self.output_quantizer, self.other_quantizer
+        assert w is not None
+        assert i is not None
+        assert o is not None
         if i.observing:
             i.observe(x.detach())
         levels, x_scale, _ = i.activation_levels(x)
         w_levels, w_scale = w.weight_levels(weight)
-        bound = i.scheme.format.hi - i.scheme.format.lo
+        bound = i.scheme.integer.hi - i.scheme.integer.lo
         acc = accumulate.conv(levels, w_levels, bound, self.stride, self.padding, self.dilation, self.groups)
         s32 = x_scale * w_scale.reshape(-1)
         term = None if bias is None else self.engine.bias_term(bias, s32).view(self.tail)
         s32 = s32.view(self.tail)
         if o.observing:
-            y = self.engine.linear(acc, s32, term).detach()
+            y = self._sum(self.engine.linear(acc, s32, term).detach(), other)
             o.observe(y.relu() if self.relu else y)
-        parameters = o.affine()
-        y = self.engine.conv_levels(acc, s32, term, parameters)
+        parameters = o.affine(acc.shape)
+        if other is None:
+            y = self.engine.conv_levels(acc, s32, term, parameters)
+        else:
+            assert r is not None
+            y = self.engine.conv_add_levels(
+                acc, s32, term, r.activation_levels(other)[0], r.affine(other.shape), parameters
+            )
         if self.relu:
             y = torch.clamp(y, min=0)
         o.record(y, parameters.zero_point)
         return y * parameters.scale
 
-    def _with_batch_statistics(self, x: Tensor) -> Tensor:
+    def _with_batch_statistics(self, x: Tensor, other: Tensor | None) -> Tensor:
         norm = self.batch_norm
         weight, _, factor = self.folded()
         assert factor is not None
@@ -110,7 +131,7 @@ class Conv(nn.Module):
         y = self._convolve(self._input(x), self._weight(weight), None) / factor.view(self.tail)
         if self.bias is not None:
             y = y + self.bias.view(self.tail)
-        return self._finish(norm(y))
+        return self._finish(norm(y), other)
 
     def _input(self, x: Tensor) -> Tensor:
         return x if self.input_quantizer is None else self.input_quantizer(x)
@@ -122,7 +143,14 @@ class Conv(nn.Module):
         convolve = F.conv1d if weight.ndim == 3 else F.conv2d
         return convolve(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)  # type: ignore[call-overload]
 
-    def _finish(self, y: Tensor) -> Tensor:
+    def _sum(self, y: Tensor, other: Tensor | None) -> Tensor:
+        """y + other, the summand quantized."""
+        if other is None:
+            return y
+        return y + (other if self.other_quantizer is None else self.other_quantizer(other))
+
+    def _finish(self, y: Tensor, other: Tensor | None) -> Tensor:
+        y = self._sum(y, other)
         y = y.relu() if self.relu else y
         return y if self.output_quantizer is None else self.output_quantizer(y)
 

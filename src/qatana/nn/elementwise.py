@@ -36,8 +36,8 @@ class Add(nn.Module):
             qy.observe(y.relu() if self.relu else y)
         la, _, _ = qa.activation_levels(a)
         lb, _, _ = qb.activation_levels(b)
-        parameters = qy.affine()
-        y = self.engine.add_levels(la, qa.affine(), lb, qb.affine(), parameters)
+        parameters = qy.affine(torch.broadcast_shapes(a.shape, b.shape))
+        y = self.engine.add_levels(la, qa.affine(a.shape), lb, qb.affine(b.shape), parameters)
         if self.relu:
             y = torch.clamp(y, min=0)
         qy.record(y, parameters.zero_point)
@@ -64,9 +64,9 @@ class GlobalAveragePool(nn.Module):
         if qy.observing:
             qy.observe(x.detach().mean(dims, keepdim=True))
         levels, _, _ = qx.activation_levels(x)
-        parameters = qy.affine()
+        parameters = qy.affine(x.shape[:2])
         total = levels.double().sum(dims, keepdim=True).float()
-        y = self.engine.average_pool_levels(total, x[0, 0].numel(), qx.affine(), parameters)
+        y = self.engine.average_pool_levels(total, x[0, 0].numel(), qx.affine(x.shape), parameters)
         qy.record(y, parameters.zero_point)
         return y * parameters.scale
 

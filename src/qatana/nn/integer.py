@@ -97,30 +97,30 @@ class BlockLinear(nn.Module):
 
 
 class IntegerConv(nn.Module):
-    """quantize -> integer convolution -> requantized codes -> float.   x (B, C, *space) -> (B, N, *space')."""
+    """quantize -> integer convolution (and sum with `other`) -> requantized codes -> float.   x (B, C, *space) -> (B, N, *space')."""
 
     weight: Tensor
     weight_scale: Tensor
     bias: Tensor | None
 
     def __init__(
-        self, weight: Tensor, scale: Tensor, bias: Tensor | None, x: Codes, y: Codes,
+        self, weight: Tensor, scale: Tensor, bias: Tensor | None, x: Codes, other: Codes | None, y: Codes,
         geometry: tuple[Sequence[int], Sequence[int], Sequence[int], int],
     ) -> None:  # fmt: skip
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", scale)
         self.register_buffer("bias", bias)
-        self.x, self.y = x, y
+        self.x, self.other, self.y = x, other, y
         stride, padding, dilation, groups = geometry
         self.geometry = (list(stride), list(padding), list(dilation), groups)
 
-    def forward(self, x: Tensor) -> Tensor:
-        codes = self.x.quantize(x)
-        out = ops.conv_requantize(
-            codes, *self.x.grid, self.weight, self.weight_scale, self.bias, *self.geometry, *self.y.output
-        )
-        return self.y.dequantize(out)
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        head = (self.x.quantize(x), *self.x.grid, self.weight, self.weight_scale, self.bias, *self.geometry)
+        if self.other is None or other is None:
+            return self.y.dequantize(ops.conv_requantize(*head, *self.y.output))
+        summand = (self.other.quantize(other), *self.other.grid)
+        return self.y.dequantize(ops.conv_add_requantize(*head, *summand, *self.y.output))
 
 
 class IntegerEmbedding(nn.Module):

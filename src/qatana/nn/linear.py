@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qatana.numerics import accumulate
+from qatana.numerics import Scheme, accumulate, quantize_gradient
 from qatana.numerics import engine as engine_named
 from qatana.quantizer import Quantizer
 
@@ -27,7 +27,9 @@ class Linear(nn.Module):
     """y = x W^T + b with quantized x, W and, optionally, y.   x (*batch, K), W (N, K), y (*batch, N).
 
     Slots: weight_quantizer, input_quantizer, output_quantizer (any may be None: that tensor stays float). Parameters
-    are those of the float layer, under the same names."""
+    are those of the float layer, under the same names.
+
+    gradient  scheme of the gradient of y, rounded stochastically, from which those of x, W and b are computed; None: as it comes"""
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, engine: str = "onnxruntime") -> None:
         super().__init__()
@@ -37,6 +39,7 @@ class Linear(nn.Module):
         self.weight_quantizer: Quantizer | None = None
         self.input_quantizer: Quantizer | None = None
         self.output_quantizer: Quantizer | None = None
+        self.gradient: Scheme | None = None
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -47,21 +50,23 @@ class Linear(nn.Module):
         w, x = self.weight_quantizer, self.input_quantizer
         return (
             w is not None and x is not None and w.enabled and x.enabled
+            and x.scheme.is_integer and w.scheme.is_integer
             and x.scheme.granularity.kind == "tensor" and w.scheme.granularity.kind in ("channel", "tensor")
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.integer:
-            return self._float(x)
+        y = self._integers(x) if self.integer else self._float(x)
+        return y if self.gradient is None else quantize_gradient(y, self.gradient)
+
+    def _integers(self, x: Tensor) -> Tensor:
         assert self.input_quantizer is not None
         assert self.weight_quantizer is not None
         if self.input_quantizer.observing:
             self.input_quantizer.observe(x.detach())
-        levels, x_scale, _ = self.input_quantizer.activation_levels(x)
+        levels, x_scale, x_zero_point = self.input_quantizer.activation_levels(x)
         weight, w_scale = self.weight_quantizer.weight_levels(self.weight)
-        acc = accumulate.linear(
-            levels, weight, self.input_quantizer.scheme.format.hi - self.input_quantizer.scheme.format.lo
-        )
+        codes = self.input_quantizer.scheme.integer
+        acc = accumulate.linear(levels, weight, codes.hi - codes.lo)
         s32 = x_scale * w_scale.reshape(-1)
         if self.input_quantizer.scheme.scale == "dynamic":
             y = acc.float() * s32
@@ -73,8 +78,8 @@ class Linear(nn.Module):
             return y if out is None else out(y)
         if out.observing:
             out.observe(self.engine.linear(acc, s32, bias).detach())
-        parameters = out.affine()
-        y = self.engine.linear_levels(acc, s32, bias, parameters)
+        parameters = out.affine(acc.shape)
+        y = self.engine.linear_levels(acc, s32, bias, parameters, x_zero_point)
         out.record(y, parameters.zero_point)
         return y * parameters.scale
 

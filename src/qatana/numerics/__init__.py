@@ -10,15 +10,21 @@ from qatana.numerics.affine import (
     round_clamp,
     scale_gradient,
 )
-from qatana.numerics.engine import Affine, Engine, engine
-from qatana.numerics.format import IntFormat
+from qatana.numerics.by_scheme import dequantize_by, fake_quantize_by, quantize_by
+from qatana.numerics.engine import Affine, Engine
+from qatana.numerics.engines import engine
+from qatana.numerics.formats import Codebook, FloatFormat, IntFormat, parse_format
 from qatana.numerics.granularity import Granularity
 from qatana.numerics.packing import pack, unpack
 from qatana.numerics.parameters import scale_and_zero_point
-from qatana.numerics.scheme import RANGES, SCALE_MODES, Scheme, scheme
+from qatana.numerics.scales import Parameters, ScaleType
+from qatana.numerics.scheme import RANGES, SCALE_MODES, Scheme
+from qatana.numerics.scheme_names import NAMES, scheme
+from qatana.numerics.stochastic import quantize_gradient, stochastic
 
 __all__ = [
-    "RANGES", "SCALE_MODES", "Affine", "Engine", "Granularity", "IntFormat", "Scheme", "dequantize", "engine",
-    "fake_quantize", "levels", "pack", "quantize", "replace_forward", "round_clamp", "scale_and_zero_point",
-    "scale_gradient", "scheme", "unpack",
+    "NAMES", "RANGES", "SCALE_MODES", "Affine", "Codebook", "Engine", "FloatFormat", "Granularity", "IntFormat", "Parameters",
+    "ScaleType", "Scheme", "dequantize", "dequantize_by", "engine", "fake_quantize", "fake_quantize_by", "levels", "pack",
+    "parse_format", "quantize", "quantize_by", "quantize_gradient", "replace_forward", "round_clamp", "scale_and_zero_point",
+    "scale_gradient", "scheme", "stochastic", "unpack",
 ]  # fmt: skip

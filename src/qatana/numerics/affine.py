@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qatana.numerics.format import IntFormat
+from qatana.numerics.formats import IntFormat
 
 
 @torch.library.custom_op("qatana::round_clamp", mutates_args=())
@@ -79,20 +79,10 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | float, format: 
     return (levels(x, scale, zero_point, format.lo, format.hi) * scale).to(x.dtype)
 
 
-class _ScaleGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        return grads[0] * ctx.factor, None
-
-
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """The identity, whose gradient is multiplied by `factor` (LSQ: 1 / sqrt(N * Qp))."""
-    return _ScaleGradient.apply(x, factor)
+    """The identity on finite numbers, whose gradient is multiplied by `factor` (LSQ: 1 / sqrt(N * Qp))."""
+    constant = x.detach()
+    return constant + (x - constant) * factor
 
 
 class _Replace(torch.autograd.Function):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qatana.errors import SchemeError, nearest
+from qatana.errors import SchemeError
 from qatana.numerics.affine import replace_forward, round_clamp
 
 
@@ -65,13 +65,29 @@ class Engine:
         """Float output: f32(acc + b) * s32, with `bias` from `bias_term` and acc + b exact."""
         return _sum(acc, bias) * s32
 
-    def linear_levels(self, acc: Tensor, s32: Tensor, bias: Tensor | None, y: Affine) -> Tensor:
-        """QGemm, QLinearMatMul: rint(f32(acc + b) * f32(s32 / y_scale)) + y_zero_point, saturated."""
+    def linear_levels(
+        self, acc: Tensor, s32: Tensor, bias: Tensor | None, y: Affine, x_zero_point: Tensor | int
+    ) -> Tensor:
+        """QGemm: rint(f32(acc + b) * f32(s32 / y_scale)) + y_zero_point, saturated, whatever the input's zero point."""
         return y.clamp_levels(_sum(acc, bias) * (s32 / y.scale))
 
     def conv_levels(self, acc: Tensor, s32: Tensor, bias: Tensor | None, y: Affine) -> Tensor:
         """QLinearConv: the rule of `linear_levels`; a ReLU is the clamp at lo when y's zero point is lo."""
-        return self.linear_levels(acc, s32, bias, y)
+        return self.linear_levels(acc, s32, bias, y, 0)
+
+    def conv_add_levels(
+        self, acc: Tensor, s32: Tensor, bias: Tensor | None, other: Tensor, p: Affine, y: Affine
+    ) -> Tensor:
+        """A convolution and its sum with levels `other` of parameters p, rounded once. ONNX Runtime has no such kernel."""
+        raise SchemeError(f"{self.name} does not sum in a convolution: the sum is an operator of its own")
+
+    def product(self, acc: Tensor, s32: Tensor) -> Tensor:
+        """Product of two activations, float output: f32(acc) * s32."""
+        return self.linear(acc, s32, None)
+
+    def product_levels(self, acc: Tensor, s32: Tensor, y: Affine) -> Tensor:
+        """Product of two activations, QLinearMatMul: the rule of `linear_levels`."""
+        return self.linear_levels(acc, s32, None, y, 0)
 
     def add_levels(self, a: Tensor, pa: Affine, b: Tensor, pb: Affine, y: Affine) -> Tensor:
         """QLinearAdd on levels a, b: r = f32(s / y_scale); fix = zy - fma(ra, za, f32(rb * zb));
@@ -92,13 +108,3 @@ class Engine:
 def _sum(acc: Tensor, bias: Tensor | None) -> Tensor:
     """f32(acc + bias), one rounding: both are exact (integers below 2^24, or a float64 accumulator)."""
     return acc.float() if bias is None else (acc + bias).float()
-
-
-ENGINES = {engine.name: engine for engine in (Engine(),)}
-
-
-def engine(name: str) -> Engine:
-    """The engine of that name. Raises: SchemeError naming the known ones."""
-    if name not in ENGINES:
-        raise SchemeError(f"unknown engine arithmetic '{name}'{nearest(name, ENGINES)}")
-    return ENGINES[name]

@@ -8,6 +8,7 @@ per output channel with scale (N,), bias in the engine's own form (int32 codes o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from qatana.numerics import accumulate
 from qatana.numerics.affine import dequantize as _dequantize
 from qatana.numerics.dynamic import dynamic_blocks, dynamic_tensor
 from qatana.numerics.engine import Affine
-from qatana.numerics.engine import engine as engine_named
-from qatana.numerics.format import IntFormat
+from qatana.numerics.engines import engine as engine_named
+from qatana.numerics.formats import IntFormat
 from qatana.numerics.packing import unpack
 
 
@@ -80,12 +81,39 @@ def linear_requantize(
     """codes (*batch, K), weight codes (N, K) -> codes (*batch, N)."""
     y = Affine.of(scale, zero_point, lo, hi)
     acc = _linear_accumulator(codes, x_zero_point, weight)
-    return _codes(engine_named(engine).linear_levels(acc, _f32(x_scale) * weight_scale, _term(bias), y), y)
+    s32 = _f32(x_scale) * weight_scale
+    return _codes(engine_named(engine).linear_levels(acc, s32, _term(bias), y, x_zero_point), y)
 
 
 @linear_requantize.register_fake
 def _(codes, x_scale, x_zero_point, weight, weight_scale, bias, scale, zero_point, lo, hi, engine, name):
     return codes.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=code_dtype(lo))
+
+
+class _Convolved(NamedTuple):
+    """A convolution before its rounding: exact accumulator, scale and bias that broadcast over it."""
+
+    acc: Tensor
+    s32: Tensor
+    bias: Tensor | None
+
+
+def _convolve(
+    codes: Tensor, x_scale: float, x_zero_point: int, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+) -> _Convolved:  # fmt: skip
+    levels = codes.float() - x_zero_point
+    acc = accumulate.conv(levels, weight.float(), 255, stride, padding, dilation, groups)
+    tail = (-1,) + (1,) * (weight.ndim - 2)
+    return _Convolved(acc, (_f32(x_scale) * weight_scale).view(tail), None if bias is None else bias.float().view(tail))
+
+
+def _convolved_shape(codes, weight, stride, padding, dilation) -> list[int]:
+    space = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(codes.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    ]
+    return [codes.shape[0], weight.shape[0], *space]
 
 
 @torch.library.custom_op("qatana::conv_requantize", mutates_args=())
@@ -96,22 +124,33 @@ def conv_requantize(
 ) -> Tensor:  # fmt: skip
     """1-D or 2-D convolution (by the weight's rank) of codes (B, C, *space) -> codes (B, N, *space'); pads with the zero point."""
     y = Affine.of(scale, zero_point, lo, hi)
-    levels = codes.float() - x_zero_point
-    acc = accumulate.conv(levels, weight.float(), 255, stride, padding, dilation, groups)
-    tail = (-1,) + (1,) * (weight.ndim - 2)
-    s32 = (_f32(x_scale) * weight_scale).view(tail)
-    term = None if bias is None else bias.float().view(tail)
-    return _codes(engine_named(engine).conv_levels(acc, s32, term, y), y)
+    conv = _convolve(codes, x_scale, x_zero_point, weight, weight_scale, bias, stride, padding, dilation, groups)
+    return _codes(engine_named(engine).conv_levels(*conv, y), y)
 
 
 @conv_requantize.register_fake
 def _(codes, x_scale, x_zero_point, weight, weight_scale, bias, stride, padding, dilation, groups,
       scale, zero_point, lo, hi, engine, name):  # fmt: skip
-    space = [
-        (n + 2 * p - d * (k - 1) - 1) // s + 1
-        for n, k, s, p, d in zip(codes.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    ]
-    return codes.new_empty((codes.shape[0], weight.shape[0], *space), dtype=code_dtype(lo))
+    return codes.new_empty(_convolved_shape(codes, weight, stride, padding, dilation), dtype=code_dtype(lo))
+
+
+@torch.library.custom_op("qatana::conv_add_requantize", mutates_args=())
+def conv_add_requantize(
+    codes: Tensor, x_scale: float, x_zero_point: int, weight: Tensor, weight_scale: Tensor, bias: Tensor | None,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int,
+    other: Tensor, other_scale: float, other_zero_point: int,
+    scale: float, zero_point: int, lo: int, hi: int, engine: str, name: str,
+) -> Tensor:  # fmt: skip
+    """`conv_requantize` with the codes `other` (B, N, *space') added before the rounding. A ReLU is the clamp at lo = zero_point."""
+    y, p = Affine.of(scale, zero_point, lo, hi), Affine.of(other_scale, other_zero_point, 0, 255)
+    conv = _convolve(codes, x_scale, x_zero_point, weight, weight_scale, bias, stride, padding, dilation, groups)
+    return _codes(engine_named(engine).conv_add_levels(*conv, other.float() - other_zero_point, p, y), y)
+
+
+@conv_add_requantize.register_fake
+def _(codes, x_scale, x_zero_point, weight, weight_scale, bias, stride, padding, dilation, groups,
+      other, other_scale, other_zero_point, scale, zero_point, lo, hi, engine, name):  # fmt: skip
+    return codes.new_empty(_convolved_shape(codes, weight, stride, padding, dilation), dtype=code_dtype(lo))
 
 
 def _product(a: Tensor, a_zero_point: int, b: Tensor, b_zero_point: int) -> Tensor:
@@ -124,7 +163,7 @@ def matmul(
 ) -> Tensor:
     """Product of two activations: codes (*batch, M, K) x (*batch, K, N) -> float32 (*batch, M, N)."""
     acc = _product(a, a_zero_point, b, b_zero_point)
-    return engine_named(engine).linear(acc, _f32(a_scale) * _f32(b_scale), None)
+    return engine_named(engine).product(acc, _f32(a_scale) * _f32(b_scale))
 
 
 @matmul.register_fake
@@ -140,7 +179,7 @@ def matmul_requantize(
     """Product of two activations: codes (*batch, M, K) x (*batch, K, N) -> codes (*batch, M, N)."""
     y = Affine.of(scale, zero_point, lo, hi)
     acc = _product(a, a_zero_point, b, b_zero_point)
-    return _codes(engine_named(engine).linear_levels(acc, _f32(a_scale) * _f32(b_scale), None, y), y)
+    return _codes(engine_named(engine).product_levels(acc, _f32(a_scale) * _f32(b_scale), y), y)
 
 
 @matmul_requantize.register_fake

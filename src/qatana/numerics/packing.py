@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qatana.errors import SchemeError
-from qatana.numerics.format import IntFormat
+from qatana.numerics.formats import IntFormat
 
 
 def pack(codes: Tensor, format: IntFormat) -> Tensor:

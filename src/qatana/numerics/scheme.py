@@ -1,73 +1,161 @@
-"""A scheme says how one tensor is quantized: format x granularity x symmetry x where the scale comes from."""
+"""A scheme says how one tensor is quantized: format x granularity x symmetry x scale type x where the scale comes from."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
+
 from qatana.errors import SchemeError, nearest
-from qatana.numerics.format import IntFormat
+from qatana.numerics.formats import Codebook, FloatFormat, Format, GgufFormat, IntFormat, parse_format
 from qatana.numerics.granularity import Granularity
+from qatana.numerics.grid import GgufGrid, Grid, IntGrid, MeanGrid, ScaledGrid
+from qatana.numerics.half_quadratic import HqqGrid
+from qatana.numerics.scales import ScaleType
+from qatana.numerics.scheme_checks import refuse_impossible
 
 ScaleMode = Literal["static", "dynamic", "learned"]
-RangeName = Literal["minmax", "moving_average", "percentile", "mse"]
+RangeName = Literal["minmax", "moving_average", "percentile", "mse", "entropy"]
 SCALE_MODES = ("static", "dynamic", "learned")
-RANGES = ("minmax", "moving_average", "percentile", "mse")
+RANGES = ("minmax", "moving_average", "percentile", "mse", "entropy")
+_DEFAULTS = {"scale_type": "float32", "rule": ""}
+_KEYS = {"format", "granularity", "symmetric", "scale", "range", "fixed", *_DEFAULTS}
 
 
 @dataclass(frozen=True)
 class Scheme:
     """How one tensor is quantized.
 
-    symmetric  zero_point is fixed: 0 for signed formats, 2^(b-1) for unsigned ones
-    scale      "static" (calibrated), "dynamic" (from the tensor itself at each call), "learned" (LSQ; starts
-               calibrated)
-    range      the estimator that calibration uses: minmax, moving_average, percentile, mse
-    fixed      (scale, zero_point) known beforehand, e.g. a softmax output: (1/255, 0); no calibration
+    symmetric   zero_point is fixed: 0 for signed formats, 2^(b-1) for unsigned ones
+    scale       "static" (calibrated), "dynamic" (from the tensor itself at each call), "learned" (LSQ; starts calibrated)
+    range       the estimator that calibration uses: minmax, moving_average, percentile, mse, entropy
+    fixed       (scale, zero_point) known beforehand, e.g. a softmax output: (1/255, 0); no calibration
+    scale_type  in which numbers the scales are stored: float32, float16, bfloat16, e8m0, e4m3 (two levels), double
+    rule        "" the format's own equation; integers also: "torchao" (its rounding of scale and quotient), "absmean" (ternary with
+                the mean magnitude, BitNet), "hqq" (a float zero point by half-quadratic search)
+    text        what `str` gives and `parse` reads;  takes_scale: whether a scale can be given (static, learned), else it follows
+                from the tensor at each call;  grid: the equations
 
     Raises: SchemeError for combinations that cannot exist."""
 
-    format: IntFormat
+    format: Format
     granularity: Granularity = field(default_factory=Granularity)
     symmetric: bool = True
     scale: ScaleMode = "static"
     range: RangeName = "minmax"
     fixed: tuple[float, int] | None = None
+    scale_type: ScaleType = field(default_factory=ScaleType)
+    rule: str = ""
+    text: str = field(init=False, repr=False, compare=False, default="")
+    takes_scale: bool = field(init=False, repr=False, compare=False, default=True)
+    grid: Grid = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.scale not in SCALE_MODES:
             raise SchemeError(f"unknown scale mode '{self.scale}'{nearest(str(self.scale), SCALE_MODES)}")
         if self.range not in RANGES:
             raise SchemeError(f"unknown range estimator '{self.range}'{nearest(str(self.range), RANGES)}")
-        if self.granularity.kind == "token" and self.scale != "dynamic":
-            raise SchemeError("per-token scales belong to activations and are dynamic: set scale='dynamic'")
-        if self.format.narrow and not self.symmetric:
-            raise SchemeError("a narrow format has no room for a zero point: use symmetric=True or drop the 'n'")
-        if self.fixed is not None and not (self.fixed[0] > 0 and self.format.lo <= self.fixed[1] <= self.format.hi):
-            raise SchemeError(f"fixed parameters {self.fixed} need scale > 0 and a zero point within {self.format}")
+        # Plain attributes, so that torch.compile reads constants where it would have to trace their making.
+        mean = self.rule in ("absmean", "hqq") or str(self.format) == "binary"
+        object.__setattr__(self, "takes_scale", not self.is_gguf and self.scale_type.local and not mean)
+        refuse_impossible(self)
+        object.__setattr__(self, "text", self._written())
+        object.__setattr__(self, "grid", _grid(self))
+
+    # -- what follows from it --------------------------------------------------------------------------------------
+    @property
+    def is_integer(self) -> bool:
+        """Whether codes are integers with a scale and an integer zero point, as integer layers need them."""
+        return isinstance(self.format, IntFormat) and not self.rule and self.scale_type.name == "float32"
+
+    @property
+    def integer(self) -> IntFormat:
+        """The integer format. Raises: SchemeError for schemes whose codes are no integers with a zero point."""
+        if not (isinstance(self.format, IntFormat) and self.is_integer):
+            raise SchemeError(
+                f"{self} has no integer codes with a zero point; an integer product needs a scheme like 'int8'"
+            )
+        return self.format
+
+    @property
+    def is_gguf(self) -> bool:
+        return isinstance(self.format, GgufFormat)
+
+    @property
+    def rounds_scale(self) -> bool:
+        return self.scale_type.name != "float32"
 
     @property
     def zero_point(self) -> int:
         """The zero point of a symmetric scheme."""
-        return 0 if self.format.signed else 2 ** (self.format.bits - 1)
+        format = self.format
+        return 2 ** (format.bits - 1) if isinstance(format, IntFormat) and not format.signed else 0
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """Storage of one code."""
+        return torch.int16 if self.is_gguf else self.format.dtype
 
     @property
     def bits_per_element(self) -> float:
-        """Stored bits per element, a float32 scale per group included (per-tensor and per-channel scales not
-        counted)."""
+        """Stored bits per element, the scale of each block included (per-tensor and per-channel scales not counted), and with
+        a zero point in blocks the format's bits for it (HQQ's is a float32)."""
+        if isinstance(self.format, GgufFormat):
+            return self.format.bits_per_element
         size = self.granularity.size * (self.granularity.rows or 1)
-        return self.format.bits + (32 / size if size else 0)
+        zero_point = 0 if self.symmetric else 32 if self.rule == "hqq" else self.format.bits
+        return self.format.bits + ((self.scale_type.bits + zero_point) / size if size else 0)
+
+    def check(self, shape: torch.Size | tuple[int, ...], name: str = "tensor") -> None:
+        """Raise SchemeError if a tensor of this shape cannot be quantized so."""
+        self.granularity.check(shape, name)
+        if isinstance(self.format, GgufFormat) and (not shape or shape[-1] % self.format.row):
+            raise SchemeError(
+                f"{name}: {self.format} stores rows of a multiple of {self.format.row} elements; shape is {tuple(shape)}; "
+                f"take a type with smaller blocks (gguf:q8_0, gguf:q4_0: 32)"
+            )
 
     def with_(self, **changes: Any) -> Scheme:
         return replace(self, **changes)
 
+    # -- text ------------------------------------------------------------------------------------------------------
     def __str__(self) -> str:
-        parts = [f"{self.format}/{self.granularity}", "sym" if self.symmetric else "asym", self.scale]
+        return self.text
+
+    def _written(self) -> str:
+        parts = [f"{self.format}/{self.granularity}", "sym" if self.symmetric else "asym"]
         if self.fixed:
-            parts[-1] = "fixed"
-        elif self.scale != "dynamic":
+            parts.append(f"fixed={self.fixed[0]!r},{self.fixed[1]}")
+        if not self.fixed or self.scale != "static":
+            parts.append(self.scale)
+        if self.range != "minmax" or not (self.fixed or self.scale == "dynamic"):
             parts.append(self.range)
-        return " ".join(parts)
+        parts += [str(self.scale_type)] * (self.scale_type != ScaleType())
+        return " ".join(parts + [f"rule={self.rule}"] * bool(self.rule))
+
+    @classmethod
+    def parse(cls, text: str) -> Scheme:
+        """The scheme that `str` wrote: "int4/group32 sym learned mse", "e2m1/group32 sym dynamic e8m0:floor"."""
+        head, *words = text.split(" ")
+        format, _, granularity = head.rpartition("/")
+        data: dict[str, Any] = {"format": format, "granularity": granularity}
+        for word in words:
+            key, _, value = word.partition("=")
+            if word in ("sym", "asym"):
+                data["symmetric"] = word == "sym"
+            elif word in SCALE_MODES:
+                data["scale"] = word
+            elif word in RANGES:
+                data["range"] = word
+            elif key == "fixed" and re.fullmatch(r"[^,]+,-?\d+", value):
+                data["fixed"] = [float(value.partition(",")[0]), int(value.partition(",")[2])]
+            elif key == "rule":
+                data["rule"] = value
+            else:
+                data["scale_type"] = word
+        return cls.from_dict(data)
 
     def to_dict(self) -> dict[str, Any]:
         out: dict[str, Any] = {
@@ -77,40 +165,46 @@ class Scheme:
             "scale": self.scale,
             "range": self.range,
         }
+        extra = {"scale_type": str(self.scale_type), "rule": self.rule}
+        out |= {key: value for key, value in extra.items() if value != _DEFAULTS[key]}
         return out | ({"fixed": list(self.fixed)} if self.fixed else {})
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Scheme:
-        known = {"format", "granularity", "symmetric", "scale", "range", "fixed"}
         for key in data:
-            if key not in known:
-                raise SchemeError(f"unknown key '{key}' in a scheme{nearest(key, known)}")
+            if key not in _KEYS:
+                raise SchemeError(f"unknown key '{key}' in a scheme{nearest(key, _KEYS)}")
         if "format" not in data:
             raise SchemeError("a scheme needs a 'format', e.g. 'int8'")
-        for key in ("format", "granularity"):
+        for key in ("format", "granularity", "scale_type", "rule"):
             if not isinstance(data.get(key, ""), str):
                 raise SchemeError(f"'{key}' of a scheme is text such as 'int8' or 'group32', not {data[key]!r}")
         fixed = data.get("fixed")
         if fixed is not None and not (isinstance(fixed, (list, tuple)) and len(fixed) == 2):
             raise SchemeError(f"'fixed' of a scheme is [scale, zero_point], not {fixed!r}")
         return cls(
-            IntFormat.parse(data["format"]),
+            parse_format(data["format"]),
             Granularity.parse(data.get("granularity", "tensor")),
             symmetric=bool(data.get("symmetric", True)),
             scale=data.get("scale", "static"),
             range=data.get("range", "minmax"),
             fixed=(float(fixed[0]), int(fixed[1])) if fixed else None,
+            scale_type=ScaleType.parse(data.get("scale_type", "float32")),
+            rule=data.get("rule", ""),
         )
 
 
-def scheme(
-    format: str,
-    granularity: str = "tensor",
-    *,
-    symmetric: bool = True,
-    scale: ScaleMode = "static",
-    range: RangeName = "minmax",
-    fixed: tuple[float, int] | None = None,
-) -> Scheme:
-    """A scheme from its written parts: `scheme("uint8", symmetric=False)`, `scheme("int4", "group32", scale="learned")`."""
-    return Scheme(IntFormat.parse(format), Granularity.parse(granularity), symmetric, scale, range, fixed)
+def _grid(scheme: Scheme) -> Grid:
+    format, block = scheme.format, scheme.granularity.size
+    if isinstance(format, GgufFormat):
+        return GgufGrid(format.block, format.name)
+    if isinstance(format, IntFormat):
+        if scheme.rule == "absmean":
+            return MeanGrid(block, format)
+        if scheme.rule == "hqq":
+            return HqqGrid(block, format)
+        return IntGrid(block, format, scheme.symmetric, scheme.scale_type, scheme.rule)
+    assert isinstance(format, (FloatFormat, Codebook))
+    if isinstance(format, Codebook) and format.name == "binary":
+        return MeanGrid(block, format)
+    return ScaledGrid(block, format, scheme.scale_type)

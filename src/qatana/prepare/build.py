@@ -14,7 +14,7 @@ from qatana.recipe import Plan, Recipe, Row
 
 REQUIRED = {
     "linear": ("weight", "input"),
-    "conv": ("weight", "input", "output"),
+    "conv": ("weight", "input", "other", "output"),
     "add": ("input", "other", "output"),
     "pool": ("input", "output"),
     "attention": ("query", "key", "value", "probability", "context"),
@@ -63,16 +63,25 @@ class RowWriter:
             elements = _product(shape)
             if scheme is not None:
                 _check_weight(scheme, kind, name, rule)
-                scheme.granularity.check(shape, name)
+                scheme.check(shape, name)
                 scales = _product(scheme.granularity.scale_shape(shape))
         elif scheme is not None:
             _check_activation(scheme, name, rule)
+            if (kind, role) in self.recipe.resolved.zero_point_0 and not (scheme.symmetric and scheme.zero_point == 0):
+                raise SchemeError(
+                    f"{name}: {self.recipe.target} multiplies two activations on integers only where their zero point is 0, "
+                    f"not by '{scheme}': use a signed format and symmetric=True ({rule})"
+                )
         shares = shares if scheme is not None else ""
         self.rows.append(Row(name, module, kind, type_name, role, scheme, rule, reason, shares, elements, scales))
         return (shares or name) if scheme is not None else ""
 
 
 def _check_weight(scheme: Scheme, kind: str, name: str, rule: str) -> None:
+    if scheme.granularity.kind == "token":
+        raise SchemeError(
+            f"{name}: a weight has no tokens, '{scheme}' belongs to activations: use granularity 'channel' or 'group32' ({rule})"
+        )
     if kind == "embedding" and scheme.granularity.kind not in ("channel", "group"):
         raise SchemeError(
             f"{name}: a table has scales per row ('channel') or per group, not '{scheme.granularity}' ({rule})"
@@ -104,6 +113,7 @@ class Builder:
     def __init__(self, plan: Plan) -> None:
         self.plan, self.engine = plan, plan.recipe.resolved.engine
         self.made: dict[str, Quantizer] = {}
+        self.owned: set[str] = set()
 
     def quantizer(self, row: Row | None, shape: tuple[int, ...] | None = None) -> Quantizer | None:
         """The quantizer of a row (that of another row if it shares), or None where it stays float."""
@@ -114,13 +124,22 @@ class Builder:
             source = self.plan.row(name) or row
             assert source.scheme is not None
             self.made[name] = Quantizer(source.scheme, shape, name, self.engine)
+            self.made[name].lifted = (source.kind, source.role) in self.plan.recipe.resolved.lifted
         return self.made[name]
 
     def fill(self, layer: nn.Module, module: str, weight: Any = None) -> nn.Module:
-        """Give a layer the quantizers of its rows: role "input" goes to slot input_quantizer, and so on."""
+        """Give a layer the quantizers of its rows: role "input" goes to slot input_quantizer, and so on.
+
+        A quantizer is a submodule of the first layer that has it; layers that share it refer to it by a plain attribute. So a state_dict
+        names each tensor once, and whatever saves one (save_pretrained, safetensors) takes it."""
         for role, row in self.plan.of_module(module).items():
             shape = tuple(weight.shape) if role == "weight" and weight is not None else None
-            setattr(layer, f"{role}_quantizer", self.quantizer(row, shape))
+            quantizer, slot = self.quantizer(row, shape), f"{role}_quantizer"
+            if quantizer is None or quantizer.name not in self.owned:
+                setattr(layer, slot, quantizer)
+                self.owned |= {quantizer.name} if quantizer is not None else set()
+            else:
+                layer.__dict__[slot] = quantizer
         return layer
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,23 +29,22 @@ def capture(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     for node in graph_module.graph.nodes:
         node.type = None  # annotations that are strings cannot be pickled
     _keep_unused(graph_module, model)
-    _keep_dropout_switchable(graph_module)
+    dropouts = _dropouts(graph_module)
+    if dropouts:
+        follows = [_drops(n) for n in dropouts] if traced else _drops_in_training(model, args, kwargs, len(dropouts))
+        _keep_dropout_switchable(graph_module, dropouts, follows)
     inputs = [*args, *kwargs.values()]
-    with torch.no_grad():
-        modes = {module: module.training for module in graph_module.modules()}
-        graph_module.eval()
+    with torch.no_grad(), _mode(graph_module, training=False):
         ShapeProp(graph_module).propagate(*inputs)
-        for module, training in modes.items():
-            module.training = training
     return graph_module
 
 
-def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool = False) -> fx.GraphModule:
     try:
         return fx.GraphModule(model, fx.Tracer().trace(model), type(model).__name__)
     except Exception as first:  # FX raises whatever the traced code raises on a proxy
         try:
-            return _export(model, args, kwargs)
+            return _export(model, args, kwargs, training)
         except Exception as second:  # likewise
             raise ModelError(
                 f"{type(model).__name__} can be captured neither by torch.fx ({_line(first)}) nor by torch.export "
@@ -55,16 +56,29 @@ def _line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> fx.GraphModule:
     batch = torch.export.Dim.DYNAMIC
     args = tuple(torch.cat([x, x]) if x.shape[0] == 1 else x for x in args)  # export takes a batch of 1 for a constant
     kwargs = {k: torch.cat([x, x]) if x.shape[0] == 1 else x for k, x in kwargs.items()}
     dynamic = ([{0: batch} if x.ndim else None for x in args], {k: {0: batch} for k in kwargs})
     was_training = model.training
-    program = torch.export.export(model.eval(), args, kwargs, dynamic_shapes=_spec(model, *dynamic), strict=False)
-    graph_module = program.module(check_guards=False)
+    with _mode(model, training):
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=_spec(model, *dynamic), strict=False)
+        graph_module = program.module(check_guards=False)
     lifted = _lift(graph_module, model)
     return lifted.train(was_training)
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """All modules in one mode; theirs come back."""
+    modes = {module: module.training for module in model.modules()}
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, before in modes.items():
+            module.training = before
 
 
 def _spec(model: nn.Module, positional: list[Any], named: dict[str, Any]) -> Any:
@@ -107,30 +121,53 @@ DROPOUTS: dict[Any, type[nn.Module]] = {
 }  # fmt: skip
 
 
-def _keep_dropout_switchable(graph_module: fx.GraphModule) -> None:
-    """A traced dropout has the mode of that moment baked in: make it a module, which follows train() and eval()."""
-    for node in list(graph_module.graph.nodes):
-        kind = DROPOUTS.get(node.target) if node.op == "call_function" else None
-        if kind is None:
-            continue
-        p: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
-        graph_module.add_submodule(node.name, kind(p).train(graph_module.training))
-        with graph_module.graph.inserting_before(node):
-            call = graph_module.graph.call_module(node.name, (node.args[0],))
-        node.replace_all_uses_with(call)
+def _dropouts(graph_module: fx.GraphModule) -> list[fx.Node]:
+    return [n for n in graph_module.graph.nodes if n.op == "call_function" and n.target in DROPOUTS]
+
+
+def _drops(node: fx.Node) -> bool:
+    """Whether a dropout is on, as traced."""
+    flag = node.args[2] if len(node.args) > 2 else node.kwargs.get("training", node.kwargs.get("train", True))
+    return flag is not False
+
+
+def _drops_in_training(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], count: int) -> list[bool]:
+    """Which dropouts of a graph are on in training: `training=False` may be the mode of the trace or the author's own constant, and
+    a trace of the model in training tells. All of them, where that trace is another graph."""
+    try:
+        with _mode(model, training=True):
+            found = _dropouts(_trace(model, args, kwargs, training=True))
+    except ModelError:
+        found = []
+    return [_drops(node) for node in found] if len(found) == count else [True] * count
+
+
+def _keep_dropout_switchable(graph_module: fx.GraphModule, nodes: list[fx.Node], follows: list[bool]) -> None:
+    """A traced dropout has the mode of that moment baked in: one that follows train() and eval() becomes a module, one that is off in
+    training too goes."""
+    for node, active in zip(nodes, follows, strict=True):
+        source: Any = node.args[0] if node.args else node.kwargs["input"]
+        if active:
+            p: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", 0.5)
+            graph_module.add_submodule(node.name, DROPOUTS[node.target](p).train(graph_module.training))
+            with graph_module.graph.inserting_before(node):
+                source = graph_module.graph.call_module(node.name, (source,))
+        node.replace_all_uses_with(source)
         graph_module.graph.erase_node(node)
     graph_module.recompile()
 
 
 def _keep_unused(graph_module: fx.GraphModule, model: nn.Module) -> None:
     """Modules that the forward does not call (auxiliary heads) stay in the state_dict."""
+    held = {name for name, _ in (*graph_module.named_parameters(), *graph_module.named_buffers())}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         owner = name.rpartition(".")[0]
-        held = dict(graph_module.named_parameters()) | dict(graph_module.named_buffers())
         if name in held:
             continue
         if owner:
-            graph_module.add_submodule(owner, model.get_submodule(owner))
+            module = model.get_submodule(owner)
+            graph_module.add_submodule(owner, module)
+            held |= {f"{owner}.{inner}" for inner, _ in (*module.named_parameters(), *module.named_buffers())}
         elif isinstance(tensor, nn.Parameter):
             graph_module.register_parameter(name, tensor)
         else:

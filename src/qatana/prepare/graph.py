@@ -5,6 +5,7 @@ nothing). An operator that the target cannot run in integers stays float between
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,29 +28,49 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 @dataclass
 class Site:
-    """One operator to quantize: its node, the norm and the ReLU folded into it, and the node that stands for its output."""
+    """One operator to quantize: its node, what is folded into it (a norm, a sum with `other`, a ReLU), and the node that stands for
+    its output."""
 
     name: str
     kind: str
     node: fx.Node
     norm: fx.Node | None
     relu: fx.Node | None
+    sum: fx.Node | None = None
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """The folded nodes, in the order of the computation."""
+        return [node for node in (self.node, self.norm, self.sum, self.relu) if node is not None]
 
     @property
     def output(self) -> fx.Node:
-        return self.relu or self.norm or self.node
+        return self.nodes[-1]
+
+    @property
+    def place(self) -> fx.Node:
+        """Where all that it reads is known."""
+        return self.sum or self.node
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """The tensors it reads."""
+        read = list(self.node.args[: 2 if self.kind == "add" else 1])
+        if self.sum is not None:
+            read += [a for a in self.sum.args[:2] if a is not (self.norm or self.node)]
+        return [a for a in read if isinstance(a, fx.Node)]
 
 
-def find_sites(graph_module: fx.GraphModule) -> list[Site]:
+def find_sites(graph_module: fx.GraphModule, recipe: Recipe) -> list[Site]:
     """Convolutions, linears, embeddings, adds and global pools in graph order, with what folds into them."""
     modules = dict(graph_module.named_modules())
-    calls = [str(n.target) for n in graph_module.graph.nodes if n.op == "call_module"]
+    calls = Counter(str(n.target) for n in graph_module.graph.nodes if n.op == "call_module")
     sites: list[Site] = []
     for node in graph_module.graph.nodes:
         kind = _kind(node, modules)
         if not kind:
             continue
-        if node.op == "call_module" and calls.count(str(node.target)) > 1:
+        if node.op == "call_module" and calls[str(node.target)] > 1:
             continue
         norm = relu = None
         if kind == "conv":
@@ -58,7 +79,18 @@ def find_sites(graph_module: fx.GraphModule) -> list[Site]:
             relu = _follower(norm or node, lambda n: is_relu(n, modules))
         name = str(node.target) if node.op == "call_module" and kind != "pool" else node.name
         sites.append(Site(name, kind, node, norm, relu))
-    return sites
+    return _with_sums(sites, modules) if recipe.resolved.fused_sums else sites
+
+
+def _with_sums(sites: list[Site], modules: Mapping[str, nn.Module]) -> list[Site]:
+    """Each sum belongs to the last convolution whose output goes to it alone, without a ReLU between; others stay sums."""
+    folded: set[fx.Node] = set()
+    for site in reversed(sites):
+        total = _follower(site.output, is_add) if site.kind == "conv" and site.relu is None else None
+        if total is not None and total not in folded and total.args[0] is not total.args[1]:
+            folded.add(total)
+            site.sum, site.relu = total, _follower(total, lambda n: is_relu(n, modules))
+    return [site for site in sites if site.node not in folded]
 
 
 def _kind(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
@@ -91,7 +123,8 @@ def plan_graph(model: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: 
     graph_module = capture(model, args, kwargs)
     modules = dict(graph_module.named_modules())
     writer, serves = RowWriter(recipe), {}
-    sites = {site.node: site for site in find_sites(graph_module)}
+    found = find_sites(graph_module, recipe)
+    sites, covered = {site.place: site for site in found}, {node for site in found for node in site.nodes}
     folds: dict[str, str] = {}
     for node in graph_module.graph.nodes:
         if node in sites:
@@ -99,10 +132,12 @@ def plan_graph(model: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: 
             _site_rows(site, modules, writer, serves)
             if site.norm is not None:
                 folds[site.name] = str(site.norm.target)
+        elif node in covered:
+            continue
         elif passes_codes(node, modules) and node.all_input_nodes and node.all_input_nodes[0] in serves:
             serves[node] = serves[node.all_input_nodes[0]]
         elif node.op == "call_module" and any(True for _ in modules[str(node.target)].parameters()):
-            _uncovered_row(node, modules, sites, writer)
+            _uncovered_row(node, modules, writer)
     plan = Plan(recipe, "graph", writer.rows, (args, kwargs), parameter_bytes(model), folds=folds)
     plan.rest_bytes = _rest_bytes(plan, modules)
     return plan
@@ -127,12 +162,11 @@ def _site_rows(site: Site, modules: Mapping[str, Any], writer: RowWriter, serves
         used = bool(writer.add(site.name, site.kind, type_name, "weight", tuple(layer.weight.shape)))
     if site.kind == "embedding":
         return
-    inputs = [a for a in site.node.args[:2] if isinstance(a, fx.Node)] if site.kind == "add" else [site.node.args[0]]
-    for role, source in zip(("input", "other"), inputs, strict=False):
-        _operand_row(writer, site, type_name, role, serves.get(source, ""))  # type: ignore[arg-type]
+    for role, source in zip(("input", "other"), site.inputs, strict=False):
+        _operand_row(writer, site, type_name, role, serves.get(source, ""))
     name = writer.add(site.name, site.kind, type_name, "output") if site.kind != "linear" and used else ""
     if writer.complete(site.name, site.kind) and name:
-        serves |= {node: name for node in (site.node, site.norm, site.relu) if node is not None}
+        serves |= dict.fromkeys(site.nodes, name)
 
 
 def _operand_row(writer: RowWriter, site: Site, type_name: str, role: str, shares: str) -> None:
@@ -144,12 +178,8 @@ def _operand_row(writer: RowWriter, site: Site, type_name: str, role: str, share
     writer._append(site.name, site.kind, type_name, role, scheme, rule, reason, None, shares)
 
 
-def _uncovered_row(
-    node: fx.Node, modules: Mapping[str, nn.Module], sites: dict[fx.Node, Site], writer: RowWriter
-) -> None:
-    """A module with parameters that is no site: listed as float, unless it is a norm that folds."""
-    if any(site.norm is node for site in sites.values()):
-        return
+def _uncovered_row(node: fx.Node, modules: Mapping[str, nn.Module], writer: RowWriter) -> None:
+    """A module with parameters that is no site and folds into none: listed as float."""
     module = modules[str(node.target)]
     weight = getattr(module, "weight", None)
     shape = tuple(weight.shape) if isinstance(weight, torch.Tensor) else None
@@ -164,7 +194,7 @@ def prepare_graph(model: nn.Module, plan: Plan) -> fx.GraphModule:
     graph_module = capture(model, *plan.example_inputs)
     modules, builder = dict(graph_module.named_modules()), Builder(plan)
     planned = {row.module for row in plan.rows if row.scheme is not None and row.role != "input"}
-    for site in find_sites(graph_module):
+    for site in find_sites(graph_module, plan.recipe):
         if site.name not in planned:
             continue
         layer: Any = modules[str(site.node.target)] if site.node.op == "call_module" else None
@@ -189,16 +219,16 @@ def _build(site: Site, layer: Any, norm: nn.Module | None, engine: str) -> nn.Mo
 
 
 def _install(graph_module: fx.GraphModule, site: Site, new: nn.Module) -> None:
-    """Call the new layer where the site's nodes stood; norm and ReLU nodes go (their modules stay for their parameters)."""
+    """Call the new layer where the site's nodes stood; the folded nodes go (their modules stay for their parameters)."""
     graph, node = graph_module.graph, site.node
     if node.op == "call_module" and site.kind != "pool":
         replace_module(graph_module, site.name, new)
-        call = node
     else:
         graph_module.add_submodule(site.name, new)
-        operands = tuple(a for a in node.args[: 2 if site.kind == "add" else 1])
-        with graph.inserting_before(node):
-            call = graph.call_module(site.name, operands)
+    call = node
+    if site.place is not node or node.op != "call_module" or site.kind == "pool":
+        with graph.inserting_before(site.place):
+            call = graph.call_module(site.name, tuple(site.inputs))
             call.meta = dict(node.meta)
     last = site.output
     if site.kind == "pool" and not keeps_dims(node):
@@ -207,6 +237,6 @@ def _install(graph_module: fx.GraphModule, site: Site, new: nn.Module) -> None:
         last.replace_all_uses_with(flat)
     elif last is not call:
         last.replace_all_uses_with(call)
-    for old in (site.relu, site.norm, node if call is not node else None):
-        if old is not None and not old.users:
+    for old in reversed(site.nodes):
+        if old is not call and not old.users:
             graph.erase_node(old)

@@ -31,7 +31,11 @@ def plan(model: nn.Module, recipe: Recipe | str, example_inputs: Any, *, mode: s
         )
     if mode is None:
         has_convolutions = any(isinstance(m, CONVOLUTIONS) for m in model.modules())
-        mode = "graph" if has_convolutions and not hasattr(getattr(model, "config", None), "num_attention_heads") else "modules"
+        mode = (
+            "graph"
+            if has_convolutions and not hasattr(getattr(model, "config", None), "num_attention_heads")
+            else "modules"
+        )
     made = (plan_graph if mode == "graph" else plan_modules)(model, recipe, args, kwargs)
     if not made.quantized:
         raise ModelError(

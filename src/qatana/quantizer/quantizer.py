@@ -5,13 +5,14 @@ so state_dict, deepcopy, pickle and safetensors work, and loading never derives 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from qatana.errors import ModelError
-from qatana.numerics import Affine, Scheme, engine, levels, scale_gradient
+from qatana.numerics import Affine, IntFormat, Scheme, engine, fake_quantize_by, levels, scale_gradient
 from qatana.numerics.dynamic import dynamic_blocks, dynamic_tensor
 from qatana.numerics.parameters import SMALLEST_SCALE
 from qatana.quantizer.ranges import Range, weight_parameters
@@ -24,6 +25,7 @@ class Quantizer(nn.Module):
     name    full name in the model ("encoder.layer.0.attention.self.query.input"): what `plan`, `verify` and errors say
     State: scale float32 (a parameter if learned), zero_point float32 integers, calibrated bool, range.*.
     `enabled` quantizes, `observing` takes part in calibration; both are switches of the training schedule, not state.
+    `lifted`: an asymmetric zero point stays above the lowest code, as some engines' formulas want (Target.lifted).
     `tap`, if set, is called with (name, codes) for each tensor quantized: verification listens there."""
 
     scale: Tensor
@@ -37,10 +39,11 @@ class Quantizer(nn.Module):
         self.scheme, self.name, self.engine = scheme, name, engine(engine_name)
         self.is_weight = shape is not None
         if shape is not None:
-            scheme.granularity.check(shape, name)
+            scheme.check(shape, name)
         dynamic_activation = scheme.scale == "dynamic" and not self.is_weight
         scale_shape = () if shape is None else scheme.granularity.scale_shape(shape)
         self.enabled, self.observing = False, False
+        self.lifted = False
         self.tap: Callable[[str, Tensor], None] | None = None
         scale, zero = scheme.fixed or (1.0, scheme.zero_point)
         initial = torch.full(scale_shape, float(scale))
@@ -57,6 +60,11 @@ class Quantizer(nn.Module):
     def learned(self) -> bool:
         return isinstance(self.scale, nn.Parameter)
 
+    @property
+    def has_levels(self) -> bool:
+        """Whether it hands out integer levels. Else it is x_hat as a whole: floats, codebooks, small scales, scales per token."""
+        return self.scheme.is_integer and (self.is_weight or self.scheme.granularity.kind != "token")
+
     def extra_repr(self) -> str:
         return f"{self.scheme}"
 
@@ -71,6 +79,9 @@ class Quantizer(nn.Module):
         """Set scale and zero point: of an activation from what was observed, of a weight from its values.
 
         Raises: ModelError if nothing was observed."""
+        if not self.scheme.takes_scale:
+            self.calibrated.fill_(True)
+            return
         if self.is_weight:
             assert weight is not None
             scale, zero = weight_parameters(weight, self.scheme)
@@ -81,6 +92,9 @@ class Quantizer(nn.Module):
                     f"with batches that reach it"
                 )
             scale, zero = self.range.parameters_of()
+            if self.lifted and not self.scheme.symmetric and int(zero) == self.scheme.integer.lo:
+                steps = torch.tensor(float(self.scheme.integer.hi - self.scheme.integer.lo)).to(scale)
+                scale, zero = scale * steps / (steps - 1), zero + 1
         else:
             return
         self.scale.copy_(scale)
@@ -88,16 +102,37 @@ class Quantizer(nn.Module):
         self.calibrated.fill_(True)
 
     # -- parameters ------------------------------------------------------------------------------------------------
-    def affine(self) -> Affine:
-        """Scale, zero point and code range of a static per-tensor activation, differentiable in a learned scale."""
-        if not self.calibrated:
+    def affine(self, shape: torch.Size | None = None) -> Affine:
+        """Scale, zero point and code range of a static per-tensor activation, differentiable in a learned scale.
+
+        shape  of the tensor (batch, *features) that they quantize: a learned scale's gradient is multiplied by LSQ's
+               1 / sqrt(features * hi) (Esser et al. 2020, section 2.2); None where no gradient is asked for"""
+        format = self._integers()
+        self._require_calibrated()
+        features = None if shape is None else math.prod(shape[1:])
+        return Affine(self._used_scale(features), self.zero_point, format.lo, format.hi)
+
+    def _require_calibrated(self) -> None:
+        """Raise ModelError before calibration. Not inside a compiled graph, which cannot branch on the state."""
+        if not torch.compiler.is_compiling() and not self.calibrated:
             raise ModelError(f"{self.name}: not calibrated; run qatana.calibrate(model, loader) first")
-        return Affine(self._used_scale(None), self.zero_point, self.scheme.format.lo, self.scheme.format.hi)
+
+    def _integers(self) -> IntFormat:
+        """The integer format. Raises: ModelError where an integer product is asked of a scheme that has no integer codes."""
+        format = self.scheme.format
+        if not (isinstance(format, IntFormat) and self.scheme.is_integer):
+            raise ModelError(
+                f"{self.name}: {self.scheme} has no integer codes with a zero point, and this layer multiplies integers; "
+                f"use an integer scheme here or leave the layer's other operand in float"
+            )
+        return format
 
     def _used_scale(self, elements: int | None) -> Tensor:
         if not self.learned:
             return self.scale
-        factor = ((elements or 1) * max(1, self.scheme.format.hi)) ** -0.5 if elements else 1.0
+        format = self.scheme.format
+        largest = format.hi if isinstance(format, IntFormat) else getattr(format, "largest", 1)
+        factor = ((elements or 1) * max(1, largest)) ** -0.5 if elements else 1.0
         tiny = torch.where(self.scale < 0, -SMALLEST_SCALE, SMALLEST_SCALE)
         scale = torch.where(self.scale.abs() < SMALLEST_SCALE, tiny, self.scale)
         return scale_gradient(scale, factor) if factor != 1.0 else scale
@@ -106,16 +141,16 @@ class Quantizer(nn.Module):
         """Scale and zero point for a weight now: from its values if dynamic, else the state."""
         if self.scheme.scale == "dynamic":
             return weight_parameters(weight, self.scheme)
-        if not self.calibrated:
-            raise ModelError(f"{self.name}: not calibrated; run qatana.calibrate(model, loader) first")
+        self._require_calibrated()
         return self._used_scale(weight.numel() // max(1, self.scale.numel())), self.zero_point
 
     # -- quantization ----------------------------------------------------------------------------------------------
     def weight_levels(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Levels (block view of the weight, float32 integers) and scale of a weight."""
+        format = self._integers()
         scale, zero = self.weight_parameters(weight)
         view = self.scheme.granularity.view(weight)
-        out = levels(view, scale, zero, self.scheme.format.lo, self.scheme.format.hi)
+        out = levels(view, scale, zero, format.lo, format.hi)
         self.record(out, zero)
         return out, scale
 
@@ -128,9 +163,7 @@ class Quantizer(nn.Module):
             else:
                 out, scale, zero = dynamic_tensor(x)
         else:
-            parameters = self.affine()
-            if self.learned:
-                parameters = parameters._replace(scale=self._used_scale(max(1, x[:1].numel())))
+            parameters = self.affine(x.shape)
             out, scale, zero = self.engine.levels(x, parameters), parameters.scale, parameters.zero_point
         self.record(out, zero)
         return out, scale, zero
@@ -146,11 +179,21 @@ class Quantizer(nn.Module):
             self.observe(x.detach())
         if not self.enabled:
             return x
+        if not self.has_levels:
+            return self.by_scheme(x)
         if self.is_weight:
             out, scale = self.weight_levels(x)
         else:
             out, scale, _ = self.activation_levels(x)
         return (out * scale).reshape(x.shape).to(x.dtype)
+
+    def by_scheme(self, x: Tensor) -> Tensor:
+        """Fake quantization of formats that integer layers do not multiply: floats, codebooks, blocks with small scales."""
+        if self.scheme.scale == "dynamic":
+            return fake_quantize_by(x, self.scheme)
+        self._require_calibrated()
+        elements = x.numel() // max(1, self.scale.numel()) if self.is_weight else max(1, x[:1].numel())
+        return fake_quantize_by(x, self.scheme, self._used_scale(elements), self.zero_point)
 
 
 def quantizers(model: nn.Module) -> dict[str, Quantizer]:

@@ -3,10 +3,12 @@
 minmax          low = min over all batches, high = max over all batches
 moving_average  low <- low + m * (batch low - low), high likewise; m = 0.05 and the first batch as it is
 percentile      the interval that leaves (1 - p) / 2 of the elements out at either end, p = 0.9999, from a histogram
+entropy         the range about 0 with the least Kullback-Leibler divergence between the histogram and its quantized form
 mse             the range whose quantization error over the histogram (weights: over the tensor itself) is smallest
 
 Estimators whose answer depends on the whole distribution keep a histogram of |bins| counts over a range that doubles
-when data falls outside, so old counts move to coarser bins exactly (pairs of bins merge)."""
+when data falls outside, so old counts move to coarser bins exactly (pairs of bins merge). For the same reason what two
+processes saw can be put together: `Range.merge` equals having seen both (moving averages: their mean, weighted by batches)."""
 
 from __future__ import annotations
 
@@ -14,19 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from qatana.errors import DataError
-from qatana.numerics import Scheme, affine
+from qatana.numerics import IntFormat, Scheme
 from qatana.numerics.parameters import scale_and_zero_point
+from qatana.quantizer.entropy import best_window
 
 BINS = 4096
 MOMENTUM = 0.05
 PERCENTILE = 0.9999
+HISTOGRAMS = ("percentile", "mse", "entropy")
 
 
 class Range(nn.Module):
     """Running minimum and maximum per scale, and a histogram where the scheme's estimator needs one.
 
     Buffers: low, high float32 of the scale's shape; count int64 (batches seen); histogram float64 (BINS,) over
-    [-extent, extent] with extent a power of two (per-tensor percentile and mse only)."""
+    [-extent, extent] with extent a power of two (per-tensor percentile, mse and entropy only)."""
 
     low: Tensor
     high: Tensor
@@ -40,7 +44,7 @@ class Range(nn.Module):
         self.register_buffer("low", torch.zeros(scale_shape))
         self.register_buffer("high", torch.zeros(scale_shape))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
-        self.has_histogram = scheme.range in ("percentile", "mse") and scheme.granularity.kind == "tensor"
+        self.has_histogram = scheme.range in HISTOGRAMS and scheme.granularity.kind == "tensor"
         if self.has_histogram:
             self.register_buffer("histogram", torch.zeros(BINS, dtype=torch.float64))
             self.register_buffer("extent", torch.zeros(()))
@@ -85,10 +89,36 @@ class Range(nn.Module):
 
     def _double_extent(self) -> None:
         """Merge pairs of bins into the middle half of a histogram over twice the range."""
-        merged = self.histogram.view(-1, 2).sum(1)
-        self.histogram.zero_()
-        self.histogram[BINS // 4 : 3 * BINS // 4] = merged
+        self.histogram.copy_(_coarser(self.histogram))
         self.extent *= 2
+
+    @torch.no_grad()
+    def merge(self, other: Range) -> None:
+        """Take in what another range of the same scheme has seen (another process, another part of the data)."""
+        mine, theirs = int(self.count), int(other.count)
+        if not theirs:
+            return
+        if not mine:
+            self.load_state_dict(other.state_dict())
+            return
+        if self.scheme.range == "moving_average":
+            self.low.lerp_(other.low, theirs / (mine + theirs))
+            self.high.lerp_(other.high, theirs / (mine + theirs))
+        else:
+            self.low.copy_(torch.minimum(self.low, other.low))
+            self.high.copy_(torch.maximum(self.high, other.high))
+        self.count += other.count
+        if self.has_histogram and float(other.extent):
+            self._merge_histogram(other.histogram.clone(), float(other.extent))
+
+    def _merge_histogram(self, counts: Tensor, extent: float) -> None:
+        if not float(self.extent):
+            self.extent.fill_(extent)
+        while float(self.extent) < extent:
+            self._double_extent()
+        while extent < float(self.extent):
+            counts, extent = _coarser(counts), extent * 2
+        self.histogram += counts.to(self.histogram)
 
     def parameters_of(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point that the estimator gives for what it has seen."""
@@ -99,6 +129,9 @@ class Range(nn.Module):
         if self.scheme.range == "percentile":
             low, high = _percentile(edges, self.histogram.cpu(), PERCENTILE)
             low, high = max(low, float(self.low)), min(high, float(self.high))
+        elif self.scheme.range == "entropy":
+            bound = best_window(self.histogram.cpu(), _levels(self.scheme)) * float(self.extent) * 2 / BINS
+            low, high = max(-bound, float(self.low)), min(bound, float(self.high))
         else:
             low, high = self._smallest_error(centres)
         device = self.low.device
@@ -106,11 +139,11 @@ class Range(nn.Module):
 
     def _smallest_error(self, centres: Tensor) -> tuple[float, float]:
         counts, best = self.histogram.cpu(), (float("inf"), 0.0, 0.0)
-        format = self.scheme.format
         for step in range(100, 19, -1):
             low, high = float(self.low) * step / 100, float(self.high) * step / 100
             scale, zero = scale_and_zero_point(torch.tensor(low), torch.tensor(high), self.scheme)
-            error = (affine.levels(centres, scale, zero, format.lo, format.hi) * scale - centres).double().square()
+            grid = self.scheme.grid
+            error = (grid.apply(centres, grid.of(scale, zero))[0] - centres).double().square()
             best = min(best, (float((error * counts).sum()), low, high))
         return best[1], best[2]
 
@@ -138,7 +171,8 @@ def weight_parameters(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
         return scale, zero
     view = scheme.granularity.view(weight)
     best_scale, best_zero, best = scale, zero, _squared_error(view, scale, zero, scheme)
-    lopsided = scheme.symmetric and scheme.format.bits <= 4 and not scheme.format.narrow
+    format = scheme.format
+    lopsided = scheme.symmetric and isinstance(format, IntFormat) and format.bits <= 4 and not format.narrow
     for shrink in candidate_ranges(scheme):
         s, z = scale_and_zero_point(low * shrink, high * shrink, scheme)
         for candidate in (s, -s) if lopsided else (s,):
@@ -157,9 +191,21 @@ def candidate_ranges(scheme: Scheme) -> list[float]:
 
 def _squared_error(view: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme) -> Tensor:
     """Squared quantization error per scale, shaped like the scale."""
-    format, dims = scheme.format, scheme.granularity.reduced_dims(view.ndim)
-    x_hat = affine.levels(view, scale, zero_point, format.lo, format.hi).mul_(scale)
+    dims = scheme.granularity.reduced_dims(view.ndim)
+    x_hat, _ = scheme.grid.apply(view, scheme.grid.of(scale, zero_point))
     return x_hat.sub_(view).square_().sum(dims, keepdim=True).reshape(scale.shape)
+
+
+def _coarser(counts: Tensor) -> Tensor:
+    """The histogram over twice the range: pairs of bins merge into the middle half."""
+    out = torch.zeros_like(counts)
+    out[BINS // 4 : 3 * BINS // 4] = counts.view(-1, 2).sum(1)
+    return out
+
+
+def _levels(scheme: Scheme) -> int:
+    """Numbers that the format has between its ends."""
+    return 2**scheme.format.bits - 1 if scheme.symmetric else 2**scheme.format.bits
 
 
 def _percentile(edges: Tensor, counts: Tensor, share: float) -> tuple[float, float]:

@@ -33,11 +33,18 @@ class Row:
     scales: int = 0
 
     @property
+    def packed(self) -> bool:
+        """Whether a file holds several codes of this tensor in a byte: of blocks and of tables; a layer whose scales are per
+        tensor or channel runs on bytes, however narrow its codes are."""
+        return self.scheme is not None and (self.scheme.granularity.kind == "group" or self.kind == "embedding")
+
+    @property
     def bytes(self) -> float:
         """Stored bytes: codes and scales, or float32."""
         if self.scheme is None:
             return 4.0 * self.elements
-        return self.elements * self.scheme.format.stored_bits / 8 + 4.0 * self.scales if self.elements else 0.0
+        bits = self.scheme.format.stored_bits if self.packed else max(8, self.scheme.format.stored_bits)
+        return self.elements * bits / 8 + 4.0 * self.scales if self.elements else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"scheme": str(self.scheme) if self.scheme else "float32", "bytes": round(self.bytes)}

@@ -16,7 +16,7 @@ from qatana.recipe.targets import Target, target
 from qatana.validation import make
 
 ROLES = ("weight", "input", "output", "query", "key", "value", "probability", "context")
-_SCHEME_KEYS = ("format", "granularity", "symmetric", "scale", "range", "fixed")
+_SCHEME_KEYS = ("format", "granularity", "symmetric", "scale", "range", "fixed", "scale_type", "rule")
 
 
 class Rule(BaseModel):
@@ -170,5 +170,5 @@ def _changed(scheme: Scheme, changes: dict[str, Any], rule: str) -> Scheme:
 def _reducible(kind: str, role: str, scheme: Scheme) -> bool:
     """Signed 8-bit operands that meet uint8 ones in an integer product."""
     product = (kind in ("linear", "conv") and role == "weight") or (kind == "attention" and role in ("key", "value"))
-    wide = scheme.format.signed and scheme.format.bits == 8
+    wide = scheme.is_integer and scheme.integer.signed and scheme.integer.bits == 8
     return product and wide and scheme.granularity.kind in ("tensor", "channel")

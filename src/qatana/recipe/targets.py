@@ -16,31 +16,34 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True)
 class Target:
-    """One deployment engine and storage: the arithmetic it uses and the default scheme per (kind, role)."""
+    """One deployment engine and storage: the arithmetic it uses and the default scheme per (kind, role).
+
+    lifted        asymmetric activations whose zero point stays above the lowest code, so that one formula holds for them
+    zero_point_0  activations whose zero point must be 0: the engine runs their product in float otherwise
+    fused_sums    a sum is part of the convolution that makes one of its operands, whose output is not rounded before"""
 
     name: str
     engine: str
     summary: str
     schemes: dict[Key, Scheme] = field(default_factory=dict)
     runtimes: tuple[str, ...] = ("onnxruntime",)
+    lifted: frozenset[Key] = frozenset()
+    zero_point_0: frozenset[Key] = frozenset()
+    fused_sums: bool = False
 
     def kinds(self) -> set[str]:
         return {kind for kind, _ in self.schemes}
 
 
-def _activation(signed: bool = False) -> Scheme:
-    if signed:
-        return scheme("int8", symmetric=True, range="mse")
-    return scheme("uint8", symmetric=False, range="mse")
-
-
+_ACTIVATION = scheme("uint8", symmetric=False, range="mse")
+_SIGNED = scheme("int8", symmetric=True, range="mse")
 _PROBABILITY = scheme("uint8", symmetric=False, fixed=(1.0 / 255.0, 0))
 _WEIGHT = scheme("int8n", "channel", scale="dynamic")
 _TABLE = scheme("int8n", "channel", scale="dynamic")
 
 
-def _static(signed: bool) -> dict[Key, Scheme]:
-    act = _activation(signed)
+def _static() -> dict[Key, Scheme]:
+    act = _ACTIVATION
     return {
         ("linear", "weight"): _WEIGHT,
         ("linear", "input"): act,
@@ -62,6 +65,12 @@ def _static(signed: bool) -> dict[Key, Scheme]:
     }
 
 
+def _openvino() -> dict[Key, Scheme]:
+    """As ONNX Runtime's, but zero point 0 around the products of attention, and no sums of their own."""
+    signed = [("linear", "output"), *(("attention", role) for role in ("query", "key", "value", "context"))]
+    return {key: s for key, s in _static().items() if key[0] != "add"} | dict.fromkeys(signed, _SIGNED)
+
+
 def _blocks(weight: str, size: int, table: str, table_size: int) -> dict[Key, Scheme]:
     return {
         ("linear", "weight"): scheme(weight, f"group{size}", scale="learned", range="mse"),
@@ -77,7 +86,7 @@ TARGETS: dict[str, Target] = {
             "ort:int8",
             "onnxruntime",
             "static W8A8: uint8 activations, int8 weights per channel, integer kernels end to end",
-            _static(signed=False),
+            _static(),
             ("onnxruntime", "openvino"),
         ),
         Target(
@@ -107,9 +116,12 @@ TARGETS: dict[str, Target] = {
         Target(
             "openvino:int8",
             "openvino",
-            "static W8A8 by OpenVINO's arithmetic: int8 activations with zero point 0, int8 weights per channel",
-            _static(signed=True),
+            "static W8A8 by OpenVINO's arithmetic: uint8 activations, int8 ones in attention, int8 weights per channel",
+            _openvino(),
             ("openvino",),
+            lifted=frozenset({("linear", "input")}),
+            zero_point_0=frozenset(("attention", role) for role in ("query", "key", "value")),
+            fused_sums=True,
         ),
     )
 }

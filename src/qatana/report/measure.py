@@ -90,7 +90,7 @@ class _Gauge:
     @property
     def bounded(self) -> bool:
         """Whether the range is known beforehand, so that values can lie beyond it."""
-        return self.quantizer.is_weight or self.quantizer.scheme.scale != "dynamic"
+        return self.quantizer.has_levels and (self.quantizer.is_weight or self.quantizer.scheme.scale != "dynamic")
 
     @property
     def sqnr(self) -> float:
@@ -119,7 +119,7 @@ class _Gauge:
     def _lay_grid(self, steps: Tensor, scale: Tensor) -> None:
         scheme = self.quantizer.scheme
         zero = round(float(self.quantizer.zero_point.flatten()[0])) if self.quantizer.zero_point.numel() else 0
-        self.grid = Grid(scale=float(scale.abs().median()), lo=scheme.format.lo, hi=scheme.format.hi, zero_point=zero)
+        self.grid = Grid(scale=float(scale.abs().median()), lo=scheme.integer.lo, hi=scheme.integer.hi, zero_point=zero)
         low = min(float(steps.min()), self.grid.lo - zero) - 0.5
         high = max(float(steps.max()), self.grid.hi - zero) + 0.5
         self.edges = torch.linspace(low, high, self.bins + 1, dtype=torch.float64) * self.grid.scale
@@ -180,8 +180,9 @@ def _measure_weights(float_model: nn.Module | None, qat_model: nn.Module, gauges
             continue
         module: Any = layer
         weight, _, factor = module.folded() if hasattr(layer, "folded") else (module.weight, None, None)
-        levels, scale = quantizer.weight_levels(weight)
-        gauge, view = gauges[quantizer.name], quantizer.scheme.granularity.view
+        levels, scale = quantizer.weight_levels(weight) if quantizer.has_levels else _read_back(quantizer, weight)
+        gauge = gauges[quantizer.name]
+        view = quantizer.scheme.granularity.view if quantizer.has_levels else _as_it_is
         gauge.add(view(weight), levels, scale)
         original = originals.get(quantizer.name)
         if original is not None and original.shape == weight.shape:
@@ -191,6 +192,15 @@ def _measure_weights(float_model: nn.Module | None, qat_model: nn.Module, gauges
                 else original * factor.view(-1, *(1,) * (weight.ndim - 1)).to(original.device)
             )
             gauge.add_float(view(folded).to(scale.device), scale)
+
+
+def _read_back(quantizer: Quantizer, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x_hat as levels of scale 1, for formats whose levels are no integers."""
+    return quantizer.by_scheme(x).float(), torch.ones((), device=x.device)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 # -- activations -------------------------------------------------------------------------------------------------------
@@ -246,7 +256,7 @@ def _listen(quantizer: Quantizer, gauge: _Gauge, seen: set[str]) -> None:
     def note(x: Tensor) -> None:
         if quantizer.name not in seen:
             seen.add(quantizer.name)
-            levels, scale, _ = levels_of(x)
+            levels, scale = levels_of(x)[:2] if quantizer.has_levels else _read_back(quantizer, x)
             gauge.add(x.reshape(levels.shape), levels, scale)
 
     def activation_levels(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qatana.errors import ArtifactError
-from qatana.files import read_json, replacing_folder
+from qatana.files import read_json, replacing_folder, standing_folder
 from qatana.train.failure import TrainingError
 from qatana.train.random_state import RandomState
 
@@ -83,9 +83,9 @@ def find(folder: Path) -> Path | None:
     """Where the checkpoint lies: at `folder`, or, after a kill between the two renames of a replacement, beside it.
 
     Returns None if there is none. Raises: ArtifactError if the folder holds other files."""
-    for place in (folder, folder.with_name(f".{folder.name}.old")):
-        if (place / "state.json").is_file():
-            return place
+    place = standing_folder(folder, "state.json")
+    if place is not None:
+        return place
     if folder.is_dir() and any(folder.iterdir()):
         raise ArtifactError(
             f"{folder} holds files but no checkpoint, and would be replaced; give an empty or new folder"

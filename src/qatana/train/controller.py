@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from qatana.errors import ModelError
 from qatana.nn.conv import Conv
+from qatana.nn.settle import settle_weights
 from qatana.quantizer import Quantizer, quantizers
 from qatana.quantizer.ranges import MOMENTUM
 from qatana.train.failure import TrainingError
@@ -172,13 +173,9 @@ class Controller:
                 quantizer.range.histogram.mul_(1 - MOMENTUM)
 
     def _settle(self, everything: bool) -> None:
-        """Set activation scales from their ranges; with `everything`, those of weights (as the layers see
-        them) too."""
-        for layer in self.model.modules() if everything else ():
-            quantizer = getattr(layer, "weight_quantizer", None)
-            if isinstance(quantizer, Quantizer):
-                weight: Any = layer.folded()[0] if isinstance(layer, Conv) else layer.weight
-                quantizer.settle(weight)
+        """Set activation scales from their ranges; with `everything`, those of weights too."""
+        if everything:
+            settle_weights(self.model)
         for quantizer in self._followed():
             quantizer.settle()
 

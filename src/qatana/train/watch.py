@@ -36,6 +36,8 @@ class Watch:
             return
         before = {name: quantizer.tap for name, quantizer in self.quantizers.items()}
         for quantizer in self.quantizers.values():
+            if not quantizer.scheme.is_integer:
+                continue  # it shows no codes to a tap
             quantizer.tap = _listener(quantizer, counts)
         try:
             yield counts
@@ -49,7 +51,9 @@ class Watch:
         for name, quantizer in self.quantizers.items():
             if name not in self.start and bool(quantizer.calibrated):
                 self.start[name] = quantizer.scale.detach().clone()
-        moved = [(self.quantizers[name].scale / scale - 1).abs().mean() for name, scale in self.start.items()]
+        # in the model's order, since the order of a sum is seen in its last bit and a checkpoint has another
+        began = [(q, self.start[name]) for name, q in self.quantizers.items() if name in self.start]
+        moved = [(quantizer.scale / scale - 1).abs().mean() for quantizer, scale in began]
         return float(torch.stack(moved).mean()) if moved else None
 
 
@@ -60,7 +64,7 @@ def saturation(counts: list[tuple[Tensor, int]]) -> float | None:
 
 
 def _listener(quantizer: Quantizer, counts: list[tuple[Tensor, int]]) -> Callable[[str, Tensor], None]:
-    lo, hi = quantizer.scheme.format.lo, quantizer.scheme.format.hi
+    lo, hi = quantizer.scheme.integer.lo, quantizer.scheme.integer.hi
     # Where real 0 is the lowest code (after a ReLU) sitting there is no clipping.
     zero_is_lowest = not quantizer.is_weight and int(quantizer.zero_point) == lo
 

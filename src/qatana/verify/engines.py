@@ -5,6 +5,7 @@ what the engine made of the graph: operator counts of the optimized graph, which
 
 from __future__ import annotations
 
+import functools
 import statistics
 import tempfile
 import time
@@ -12,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -129,11 +130,23 @@ def _is_dequantized(name: str, makers: Mapping[str, Any]) -> bool:
     return node is not None and node.op_type == "DequantizeLinear"
 
 
+_NO_KERNELS = {"Const", "Input", "Output", "Reorder", "Subgraph"}
+
+
+class Kernel(NamedTuple):
+    """One kernel that OpenVINO runs: its type, the precision of its first input, and which of the file's products it computes."""
+
+    type: str
+    precision: str
+    products: frozenset[str]
+
+
 class OpenVinoSession(Session):
     """OpenVINO on the CPU with float32 as its float precision.   source: a file, or the bytes of a model."""
 
     def __init__(self, source: Path | bytes, threads: int | None = None, expose: Sequence[str] = ()) -> None:
         openvino = require("openvino", "openvino")
+        self._source = source
         config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:
             config["INFERENCE_NUM_THREADS"] = threads
@@ -147,12 +160,12 @@ class OpenVinoSession(Session):
             name = "the model" if isinstance(source, bytes) else source
             raise ArtifactError(f"OpenVINO cannot load {name}: {_line(error)}; export it again") from error
         self.outputs += list(expose) if added or not expose else []
-        self.inputs = [next(iter(sorted(x.get_names()))) for x in self._compiled.inputs]
+        self.inputs = [x.get_node().get_friendly_name() for x in self._compiled.inputs]  # a tensor may have more names
 
     def run(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
         arrays = self._arrays(feeds)
         try:
-            results = self._compiled(arrays)
+            results = self._compiled([arrays[name] for name in self.inputs])
         except RuntimeError as error:
             raise DataError(f"OpenVINO cannot run the file on this batch: {_line(error)}") from error
         return {name: np.array(results[i]) for i, name in enumerate(self.outputs)}
@@ -161,11 +174,36 @@ class OpenVinoSession(Session):
         return Counter(_label(op) for op in self._operators())
 
     def float_products(self) -> list[str]:
-        """None is reported: what OpenVINO quantizes is its own choice and shows in `kernels`, type and precision."""
-        return []
+        return sorted(
+            {
+                name
+                for kernel in self.product_kernels()
+                if kernel.precision not in ("i8", "u8")
+                for name in kernel.products
+            }
+        )
 
-    def _operators(self) -> list[Any]:
-        skipped = {"Const", "Input", "Output", "Reorder", "Subgraph"}
+    def product_kernels(self) -> set[Kernel]:
+        """Kernels that hold a product of two dequantized tensors, as far as OpenVINO keeps the names of nodes."""
+        makers = {name: node for node in self._nodes for name in node.output}
+        products = {
+            node.name for node in self._nodes
+            if node.op_type in _PRODUCTS | {"Conv"} and all(_is_dequantized(x, makers) for x in node.input[:2])
+        }  # fmt: skip
+        found = set()
+        for op in self._operators(skipped=set()):
+            inside = {name.partition("/")[0] for name in _info(op, "originalLayersNames").split(",")} & products
+            if inside:
+                found.add(Kernel(_info(op, "layerType"), _info(op, "runtimePrecision"), frozenset(inside)))
+        return found
+
+    @functools.cached_property
+    def _nodes(self) -> list[Any]:
+        onnx = require("onnx", "onnx")
+        model = onnx.load_from_string(self._source) if isinstance(self._source, bytes) else onnx.load(str(self._source))
+        return list(model.graph.node)
+
+    def _operators(self, skipped: set[str] = _NO_KERNELS) -> list[Any]:
         return [op for op in self._compiled.get_runtime_model().get_ops() if _info(op, "layerType") not in skipped]
 
 

@@ -210,7 +210,7 @@ def _parameters(node: fx.Node) -> set[tuple[float, int]]:
     """The (scale, zero point) pairs of an operator's activations, scales as float32."""
     arguments = arguments_of(node)
     pairs = set()
-    for prefix in ("x_", "a_", "b_", ""):
+    for prefix in ("x_", "a_", "b_", "other_", ""):
         scale, zero = arguments.get(f"{prefix}scale"), arguments.get(f"{prefix}zero_point")
         if isinstance(scale, float) and isinstance(zero, int):
             pairs.add((float(np.float32(scale)), zero))

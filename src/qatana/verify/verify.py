@@ -30,6 +30,7 @@ from qatana.verify.operators import (
     upstream_float,
 )
 from qatana.verify.qat import QatRun, compare_weights, tensors_of
+from qatana.verify.segments import Fused, Segments
 
 IGNORED_LABEL = -100
 _MOVEMENT = {"Transpose", "Reshape", "Identity", "Squeeze", "Unsqueeze"}
@@ -74,7 +75,8 @@ class _Verification:
         self.threads = int(hardware.describe()["cpus"])
         self.plain = open_file(path, engine, threads=self.threads)
         self.code_names, self.dynamic_names = artifact.code_nodes(), input_names(artifact)
-        self.exposed, self.exposing = self._expose()
+        self.pieces = Segments(self.file, engine, self.threads) if self.own and engine == "openvino" else None
+        self.exposed, self.exposing = self._expose() if self.pieces is None else (self.plain, {})
         self.batches = 0
         self.constants = self.file.compare_constants()
         self.training = Comparison("QAT model", "integer model", "training", "training")
@@ -135,8 +137,7 @@ class _Verification:
         args, kwargs, feeds = self._inputs(batch)
         trained = None if self.qat is None else self.qat(args, kwargs)
         outputs = self.plain.run(feeds)
-        found = self.exposed.run(feeds)
-        self.exposing["outputs_different"] += sum(int((found[name] != x).sum()) for name, x in outputs.items())
+        found = self._inner_values(feeds, outputs, layer_by_layer)
         values = {name: torch.from_numpy(np.array(x)) for name, x in found.items()} | {
             name: x for name, x in feeds.items() if name in self.file.inputs
         }
@@ -144,10 +145,24 @@ class _Verification:
         if trained is not None:
             for i, (ours, theirs) in enumerate(zip(trained, result, strict=True)):
                 self.training.tally(f"output {i}", "output").compare(ours, theirs)
+        if self.pieces is not None and self.end.allowed == "end to end, integers only":
+            for name, ours in zip(self.file.outputs, result, strict=True):
+                if name in self.pieces.nodes:  # not behind a float layer
+                    self.end.tally(name, "output").compare(ours, outputs[name])
         self._labels(batch, feeds, result, [outputs[name] for name in self.file.outputs])
         if layer_by_layer and self.own:
             self._layers(feeds, values)
         self.batches += 1
+
+    def _inner_values(
+        self, feeds: dict[str, Tensor], outputs: dict[str, np.ndarray], layer_by_layer: bool
+    ) -> dict[str, np.ndarray]:
+        """What the file computes inside: handed out by the engine, or piece by piece."""
+        if self.pieces is not None:
+            return self.pieces.run(feeds) if layer_by_layer else {}
+        found = self.exposed.run(feeds)
+        self.exposing["outputs_different"] += sum(int((found[name] != x).sum()) for name, x in outputs.items())
+        return found
 
     def _inputs(self, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Tensor]]:
         """Arguments of the QAT model, and the same as inputs of the integer model and of the file, by name."""
@@ -214,13 +229,18 @@ class _Verification:
             if isinstance(source, fx.Node) and source.op == "call_function" and name in values:
                 given.setdefault(source.name, values[name])
         names = self.file.values | self.dynamic_names
-        Forced(self.artifact, given, names, self.operators, self.between, self.threads).run(*feeds.values())
+        between = self.between if self.pieces is None else Comparison("", "", "each float operator by itself")
+        Forced(self.artifact, given, names, self.operators, between, self.threads).run(*feeds.values())
+        if self.pieces is not None:
+            Fused(self.artifact, self.pieces, self.between).run(*feeds.values())
 
     # -- the verdict -----------------------------------------------------------------------------------------------
     def finish(self) -> Certificate:
         if not self.batches:
             raise DataError("verify got no batch; check the data path, the split and the batch size")
         self.end.began_at = self._began()
+        if self.pieces is not None:
+            self.exposing = self.pieces.facts(self.plain)
         kernels = self.plain.kernels()
         comparisons = [self.constants, self.end]
         if self.qat is not None:
@@ -237,6 +257,9 @@ class _Verification:
         if first is None:
             return ""
         names = {name: node for node, name in [*self.dynamic_names.items(), *self.code_names.items()]}
+        names |= {name: node for node, name in self.file.values.items() if name in self.file.outputs}
+        if first.name not in names:
+            return ""
         node = self.nodes[names[first.name]]
         return upstream_float(node) or operator_name(node)
 

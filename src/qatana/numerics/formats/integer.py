@@ -1,4 +1,4 @@
-"""Number formats as values: the set of codes that a quantized tensor may hold."""
+"""Integer formats: the codes are consecutive integers, a level is a code minus its zero point."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from qatana.errors import SchemeError
 
-_NAME = re.compile(r"(u?)int([2-8])(n?)")
+_NAME = re.compile(r"(u?)int([1-8])(n?)")
 
 
 @dataclass(frozen=True)
@@ -17,24 +17,26 @@ class IntFormat:
     """Integers of `bits` bits.   signed: [-2^(b-1), 2^(b-1)-1], narrow: [-(2^(b-1)-1), 2^(b-1)-1], unsigned: [0,
     2^b-1].
 
-    Written "int8", "uint4", and "int8n" for the narrow (symmetric) signed range.
-    Raises: SchemeError for other widths than 2 to 8 and for a narrow unsigned format."""
+    Written "int8", "uint4", and "int8n" for the narrow (symmetric) signed range; "int2n" is the ternary {-1, 0, 1}.
+    Raises: SchemeError for other widths than 1 to 8 and for a narrow unsigned format."""
 
     bits: int
     signed: bool = True
     narrow: bool = False
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise SchemeError(f"an integer format has 2 to 8 bits, not {self.bits}")
+        if not 1 <= self.bits <= 8:
+            raise SchemeError(f"an integer format has 1 to 8 bits, not {self.bits}")
         if self.narrow and not self.signed:
             raise SchemeError("a narrow range exists for signed formats only: use 'uint' without 'n'")
+        if self.narrow and self.bits == 1:
+            raise SchemeError("a narrow int1 holds 0 alone: use 'binary' for {-1, +1} or 'int2n' for {-1, 0, 1}")
 
     @classmethod
     def parse(cls, name: str) -> IntFormat:
         match = _NAME.fullmatch(name)
         if match is None:
-            raise SchemeError(f"unknown number format '{name}'; write 'int8', 'uint4', 'int8n' (2 to 8 bits)")
+            raise SchemeError(f"unknown number format '{name}'; write 'int8', 'uint4', 'int8n' (1 to 8 bits)")
         return cls(int(match[2]), signed=not match[1], narrow=bool(match[3]))
 
     @property
@@ -47,8 +49,8 @@ class IntFormat:
 
     @property
     def stored_bits(self) -> int:
-        """The width that files hold: 2, 4 or 8 bits."""
-        return 2 if self.bits <= 2 else 4 if self.bits <= 4 else 8
+        """The width that files hold: 1, 2, 4 or 8 bits."""
+        return next(width for width in (1, 2, 4, 8) if self.bits <= width)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,0 +1,268 @@
+"""Fake quantization by a scheme: x_hat in x's dtype and shape, with its gradient, for every format.
+
+    x_hat = values(codes(x))                                        bit for bit, float32 inside, cast to x's dtype at the end
+    d x_hat / d x = 1 where x was not clipped, 0 where it was        (straight-through; the scale counts as constant)
+    d x_hat / d scale = level - t inside, level outside              (learned scales; LSQ, Esser et al. 2020, eq. 3)
+
+Memory: the result, and one byte per element where something can clip; with ranges that are the elements' own nothing is saved.
+Speed: the tensor is walked in pieces that stay in the processor's cache, with in-place steps. The operators are opaque to
+torch.compile and torch.export: one call in the graph, the same bits as in eager mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from qatana.errors import DataError, SchemeError
+from qatana.numerics.formats import GgufFormat
+from qatana.numerics.grid import Grid
+from qatana.numerics.scales import Parameters
+from qatana.numerics.scheme import Scheme
+
+PIECE = 65536
+"""Elements walked at a time: 256 KB of float32, so that a piece, its result and a temporary lie in a 1 MB cache."""
+
+
+@lru_cache(maxsize=1024)
+def _scheme(text: str) -> Scheme:
+    return Scheme.parse(text)
+
+
+def stack_of(x: Tensor, scheme: Scheme) -> Tensor:
+    """The stack that the scheme's equations see. GGUF types whose blocks form rows of 256 keep a row together."""
+    stack, format = scheme.granularity.stack(x), scheme.format
+    return stack.view(-1, format.row // format.block, format.block) if isinstance(format, GgufFormat) else stack
+
+
+def _pieces(stack: Tensor) -> Iterator[slice]:
+    rows = max(1, PIECE * stack.shape[0] // max(1, stack.numel()))
+    return (slice(start, start + rows) for start in range(0, stack.shape[0], rows))
+
+
+def _part(p: Parameters, piece: slice, rows: int) -> Parameters:
+    """The parameters of a piece: those that go along the first dimension are cut like it."""
+    return p.__class__(*(v[piece] if v.ndim and v.shape[0] == rows and rows > 1 else v for v in p))
+
+
+def solve(x: Tensor, scheme: Scheme) -> Parameters:
+    """Parameters of a whole tensor, shaped for its stack. Walks in pieces; only the statistics of the blocks stay."""
+    grid, granularity = scheme.grid, scheme.granularity
+    stack, dims = stack_of(x, scheme), granularity.stack_dims()
+    if not stack.numel():
+        return grid.solve(torch.zeros([max(1, n) for n in stack.shape], device=x.device), dims)
+    if dims[0] == 0 or grid.whole:
+        return grid.solve(stack, dims)
+    parts = [grid.statistics(stack[piece].float(), dims) for piece in _pieces(stack)]
+    return grid.parameters(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def refuse_not_finite(x: Tensor) -> None:
+    """Raise DataError if x holds NaN or infinity. The sum tells, unless it overflows by itself: then every element is looked at."""
+    if bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all()):
+        return
+    kind = "NaN" if bool(torch.isnan(x).any()) else "infinite values"
+    raise DataError(
+        f"a tensor of shape {tuple(x.shape)} holds {kind}: quantization needs finite numbers; look at what computed it"
+    )
+
+
+def _refuse_overflow(p: Parameters, x: Tensor) -> None:
+    if not bool(torch.isfinite(p.scale).all()):
+        most = float(x.abs().max())
+        raise DataError(
+            f"a tensor of shape {tuple(x.shape)} holds values up to {most:.3g}, whose scale overflows; rescale it"
+        )
+
+
+def _walk(x: Tensor, grid: Grid, scheme: Scheme, given: Parameters | None, check: bool) -> tuple[Tensor, Tensor]:
+    """(x_hat, where inside); the second is empty where nothing can clip or the gradient passes anyway."""
+    granularity, dims = scheme.granularity, scheme.granularity.stack_dims()
+    own = given is None
+    stack = stack_of(x, scheme)
+    local = own and grid.local and dims[0] != 0
+    p = given if given is not None else None if local else solve(x, scheme)
+    mask = needs_mask(scheme, own)
+    if check and p is not None:
+        refuse_not_finite(x)
+        _refuse_overflow(p, x)
+    out = torch.empty(stack.shape, dtype=x.dtype, device=x.device)
+    inside = torch.empty(stack.shape if mask else (0,), dtype=torch.bool, device=x.device)
+    for piece in _pieces(stack):
+        view = stack[piece].float()
+        if check and not bool(torch.isfinite(view.sum())):
+            refuse_not_finite(x)
+        part = grid.solve(view, dims) if p is None else _part(p, piece, stack.shape[0])
+        values, where = grid.apply(view, part, fits=own, mask=mask)
+        out[piece] = values
+        if mask:
+            inside[piece] = True if where is None else where
+    out = granularity.unview(out, x.shape)
+    return out, granularity.unview(inside, x.shape) if mask else inside
+
+
+def needs_mask(scheme: Scheme, own: bool) -> bool:
+    """Whether an element can be clipped: never in a range of its own, unless the scale type rounds it down."""
+    grid = scheme.grid
+    return not grid.straight and (grid.clips or not own)
+
+
+@torch.library.custom_op("qatana::mask_gradient", mutates_args=())
+def _mask_gradient(grad: Tensor, inside: Tensor) -> Tensor:
+    """grad * inside. In pieces, and by way of bytes: torch multiplies float by bool four times slower than it copies."""
+    out = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+    flat, upstream, mask = out.view(-1), grad.contiguous().view(-1), inside.contiguous().view(torch.uint8).view(-1)
+    for start in range(0, flat.numel(), PIECE):
+        piece = slice(start, start + PIECE)
+        torch.mul(upstream[piece], mask[piece].to(grad.dtype), out=flat[piece])
+    return out
+
+
+@_mask_gradient.register_fake
+def _(grad: Tensor, inside: Tensor) -> Tensor:
+    return grad.new_empty(grad.shape)
+
+
+@torch.library.custom_op("qatana::fake_quantize_own", mutates_args=())
+def _own(x: Tensor, scheme: str, check: bool) -> tuple[Tensor, Tensor]:
+    found = _scheme(scheme)
+    return _walk(x.contiguous(), found.grid, found, None, check)
+
+
+@_own.register_fake
+def _(x: Tensor, scheme: str, check: bool) -> tuple[Tensor, Tensor]:
+    mask = needs_mask(_scheme(scheme), True)
+    return x.new_empty(x.shape), x.new_empty(x.shape if mask else (0,), dtype=torch.bool)
+
+
+def _save_inside(ctx, inputs, output) -> None:
+    ctx.masked = output[1].ndim == output[0].ndim and output[1].shape == output[0].shape
+    ctx.mark_non_differentiable(output[1])
+    if ctx.masked:
+        ctx.save_for_backward(output[1])
+
+
+def _pass_inside(ctx, grad: Tensor, _: Tensor | None):
+    return (torch.ops.qatana.mask_gradient(grad, ctx.saved_tensors[0]) if ctx.masked else grad), None, None
+
+
+_own.register_autograd(_pass_inside, setup_context=_save_inside)
+
+
+@torch.library.custom_op("qatana::fake_quantize_given", mutates_args=())
+def _given(x: Tensor, scale: Tensor, offset: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
+    found = _scheme(scheme)
+    return _walk(x.contiguous(), found.grid, found, _parameters(found, scale, offset), False)
+
+
+@_given.register_fake
+def _(x: Tensor, scale: Tensor, offset: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
+    mask = needs_mask(_scheme(scheme), False)
+    return x.new_empty(x.shape), x.new_empty(x.shape if mask else (0,), dtype=torch.bool)
+
+
+def _parameters(scheme: Scheme, scale: Tensor, offset: Tensor) -> Parameters:
+    """Given scale and offset, shaped for the stack, the scale as its type stores it."""
+    shaped = [scheme.granularity.stack_scale(v.detach().float()) for v in (scale, offset)]
+    return scheme.grid.of(scheme.scale_type.store(shaped[0]) if scheme.rounds_scale else shaped[0], shaped[1])
+
+
+def _save_given(ctx, inputs, output) -> None:
+    x, scale, offset, ctx.scheme = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.learned = ctx.needs_input_grad[1]
+    ctx.save_for_backward(*((x, scale, offset) if ctx.learned else (output[1],)))
+
+
+def _given_backward(ctx, grad: Tensor, _: Tensor | None):
+    if ctx.learned:
+        x, scale, offset = ctx.saved_tensors
+        grad_x, grad_scale = torch.ops.qatana.fake_quantize_gradients(grad, x, scale, offset, ctx.scheme)
+        return grad_x, grad_scale, None, None
+    inside = ctx.saved_tensors[0]
+    masked = inside.shape == grad.shape
+    return (torch.ops.qatana.mask_gradient(grad, inside) if masked else grad), None, None, None
+
+
+_given.register_autograd(_given_backward, setup_context=_save_given)
+
+
+@torch.library.custom_op("qatana::fake_quantize_gradients", mutates_args=())
+def _gradients(grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of a learned scale, from x itself: no float tensor is saved but x, which lives anyway."""
+    found = _scheme(scheme)
+    grid, granularity, dims = found.grid, found.granularity, found.granularity.stack_dims()
+    p = _parameters(found, scale, offset)
+    stack, upstream = granularity.stack(x.contiguous()), granularity.stack(grad.contiguous())
+    grad_x = torch.empty_like(upstream)
+    grad_scale = torch.zeros(p.scale.shape, dtype=torch.float64 if dims[0] == 0 else torch.float32, device=x.device)
+    for piece in _pieces(stack):
+        part = _part(p, piece, stack.shape[0])
+        t = grid.scaled(stack[piece].float(), part)
+        level = t.clone()
+        inside = grid.round_(level, part, mask=True)
+        g = upstream[piece].float()
+        if inside is not None:
+            t.mul_(inside)
+            grad_x[piece] = inside.mul_(g)
+        else:
+            grad_x[piece] = g
+        total = level.sub_(t).mul_(g).sum(dims, keepdim=granularity.kind != "tensor")
+        along = part.scale.shape != p.scale.shape
+        (grad_scale[piece] if along else grad_scale).add_(total)
+    return granularity.unview(grad_x, x.shape), grad_scale.float().reshape(scale.shape)
+
+
+@_gradients.register_fake
+def _(grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=grad.dtype), scale.new_empty(scale.shape)
+
+
+def fake_quantize_by(x: Tensor, scheme: Scheme, scale: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
+    """x as its quantized form reads back, in x's dtype and shape (any float dtype, any strides, zero elements too).
+
+    scale    None: from x itself, by the scheme. Else static or learned (it gets LSQ's gradient), of `granularity.scale_shape`
+    offset   the zero point of an asymmetric integer scheme, shaped like the scale; None: the scheme's own
+    Raises: SchemeError if the granularity does not fit x's shape; DataError for NaN or infinity (eager mode)."""
+    scheme.check(x.shape)
+    if scale is None:
+        check = not torch.compiler.is_compiling() and not x.is_meta
+        return _own(x, scheme.text, check)[0]
+    if not scheme.takes_scale:
+        raise SchemeError(f"{scheme}: its scales follow from the tensor itself and cannot be given")
+    if offset is None:
+        offset = torch.full_like(scale, scheme.zero_point, requires_grad=False)
+    return _given(x, scale, offset, scheme.text)[0]
+
+
+def quantize_by(x: Tensor, scheme: Scheme) -> tuple[Tensor, Parameters]:
+    """Codes of x in the format's storage dtype, shaped like the scheme's stack, and the parameters that read them back.
+
+    Raises: SchemeError, DataError as `fake_quantize_by`."""
+    scheme.check(x.shape)
+    with torch.no_grad():
+        x = x.detach().contiguous()
+        refuse_not_finite(x)
+        p = solve(x, scheme)
+        _refuse_overflow(p, x)
+        stack = stack_of(x, scheme)
+        codes = torch.empty(stack.shape, dtype=scheme.code_dtype, device=x.device)
+        for piece in _pieces(stack):
+            codes[piece] = scheme.grid.codes(stack[piece], _part(p, piece, stack.shape[0])).to(scheme.code_dtype)
+    return codes, p
+
+
+def dequantize_by(
+    codes: Tensor,
+    p: Parameters,
+    scheme: Scheme,
+    shape: torch.Size | tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """values(codes) in `shape` and `dtype`."""
+    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
+    for piece in _pieces(codes):
+        out[piece] = scheme.grid.values(codes[piece], _part(p, piece, codes.shape[0]))
+    return scheme.granularity.unview(out, shape)

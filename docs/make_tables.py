@@ -111,7 +111,19 @@ def job(found: Result) -> str:
     if spread:
         parts.append(f"Means over the seeds {', '.join(map(str, found['seeds']))}, ± one standard deviation.")
     parts.append("Seconds: " + ", ".join(f"{stage} {value:.0f}" for stage, value in found["seconds"].items()) + ".")
-    return "\n\n".join(parts)
+    parts += [found["note"]] if "note" in found else []
+    return "\n\n".join([*parts, *machine(found)])
+
+
+def machine(found: Result) -> list[str]:
+    """Where a result was measured, and with what."""
+    if "machine" not in found:
+        return []
+    place, versions = found["machine"], found["versions"]
+    return [
+        f"{place.get('processor', '?')} ({place.get('isa', '?')}), {place.get('threads', '?')} threads; "
+        + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
+    ]  # fmt: skip
 
 
 def _table(lines: list[list[str]]) -> str:
@@ -178,12 +190,7 @@ def speed(found: Result) -> str:
         for part in found["step"]
     ]
     parts += ["A QAT step against a float step. " + "; ".join(steps) + "."] if steps else []
-    machine, versions = found["machine"], found["versions"]
-    parts.append(
-        f"`{found['command']}` on {machine.get('processor', '?')} ({machine.get('isa', '?')}), {machine.get('threads', '?')} threads; "
-        + ", ".join(f"{name} {version}" for name, version in versions.items()) + "."
-    )  # fmt: skip
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, f"`{found['command']}` on " + machine(found)[0]])
 
 
 # --- formats ------------------------------------------------------------------------------------------------------
@@ -209,9 +216,7 @@ def formats(found: Result) -> str:
             f"`{row['name']}`", f"{row['bits']:.4g}", row["block"], row["scale"], row["range"], *errors,
             f"{row['ns_per_element']:.2f}", f"{row['copies']:.1f}", row["engines"], row["reference"],
         ])  # fmt: skip
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    machine = f"{found['machine'].get('isa', '?')}, {found['machine'].get('threads', '?')} threads"
-    return f"{_table(lines)}\n\n{found['elements']:,} elements timed; {machine}; {versions}."
+    return f"{_table(lines)}\n\n{found['elements']:,} elements timed on {machine(found)[0]}"
 
 
 SECTIONS = (

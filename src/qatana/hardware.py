@@ -37,6 +37,17 @@ def isa() -> str:
     return "arm" if platform.machine() in ("aarch64", "arm64") else "generic"
 
 
+@functools.cache
+def processor() -> str:
+    """The processor's name, where the kernel tells it; else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    found = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return found or platform.processor() or platform.machine()
+
+
 def describe() -> dict[str, str | int]:
     """Machine facts for certificates and reports: ISA, architecture, processors available to this process."""
     return {"isa": isa(), "machine": platform.machine(), "cpus": len(os.sched_getaffinity(0))}

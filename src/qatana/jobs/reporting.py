@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich.table import Table
 
 import qatana as qt
 from qatana.files import write_json
-from qatana.hardware import isa
+from qatana.hardware import isa, processor
 from qatana.jobs.bench import threads
 from qatana.jobs.job import Job
 from qatana.jobs.results import Results, Row, averaged, total
@@ -31,6 +30,8 @@ def write(job: Job, results: Sequence[Results], folder: Path, layers: dict[str, 
         summary |= {key: total(getattr(r, key) for r in results) for key in ("parity", "drift", "seconds")}
         summary["labels"] = {name: total(r.labels[name] for r in results) for name in first.labels}
         summary |= {"seeds": list(job.seeds), "spread": spread}
+    summary["machine"] = {"processor": processor(), "isa": isa(), "threads": threads()}
+    summary["versions"] = first.versions
     paths = [folder / name for name in ("summary.json", "certificate.json", "report.html")]
     write_json(paths[0], summary)
     write_json(paths[1], certificate(results))
@@ -55,7 +56,7 @@ def report_data(
             "created": datetime.now(timezone.utc).isoformat(),
             "job": job.name,
             "command": f"qatana run {job.name}.yaml",
-            "machine": {"cpu": _cpu(), "isa": isa(), "threads": threads()},
+            "machine": {"cpu": processor(), "isa": isa(), "threads": threads()},
             "versions": results.versions,
             "results": [_result(row, results, spread) for row in rows],
             "token_tables": _token_tables(results),
@@ -97,15 +98,6 @@ def _plan_row(row: dict[str, Any], variant: str) -> dict[str, Any]:
         "bytes": row["bytes"] or None,
         "variant": variant,
     }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    found = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return found or platform.processor() or platform.machine()
 
 
 def table(results: Results, rows: Sequence[Row], spread: dict[str, float]) -> Table:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qatana.hardware import isa
+from qatana.hardware import isa, processor
 from qatana.numerics import Codebook, FloatFormat, IntFormat, Scheme, fake_quantize_by, scheme
 
 SIDE, QUICK_SIDE = 4096, 512
@@ -81,7 +81,7 @@ def _short(name: str, engines: str, reference: str) -> Entry:
 
 
 def format_table(*, quick: bool = False, progress: Callable[[str], None] | None = None) -> dict[str, Any]:
-    """Measure every format. `quick`: a small tensor, one round, one layer of real weights: seconds instead of minutes.
+    """Measure every format. `quick`: a small tensor, one layer of real weights: seconds instead of minutes.
 
     progress  called with the name of each format before it is measured
     Returns JSON: {"formats": [{"name", "scheme", "bits", "block", "scale", "range", "sqnr": {tensor: dB}, "ns_per_element", "copies",
@@ -97,7 +97,7 @@ def format_table(*, quick: bool = False, progress: Callable[[str], None] | None 
         seconds, copy = _seconds(x, entry.scheme, QUICK_ROUNDS if quick else ROUNDS)
         timed = {"ns_per_element": round(1e9 * seconds / x.numel(), 3), "copies": round(seconds / copy, 2)}
         found.append(_about(entry) | {"sqnr": errors} | timed)
-    machine = {"isa": isa(), "threads": torch.get_num_threads()}
+    machine = {"processor": processor(), "isa": isa(), "threads": torch.get_num_threads()}
     return {
         "formats": found, "tensors": {name: tensor.numel() for name, tensor in weights.items()}, "elements": x.numel(),
         "machine": machine, "versions": {name: metadata.version(name) for name in ("qatana", "torch")}, "quick": quick,

@@ -226,6 +226,8 @@ SECTIONS = (
             ("inference", "step", "machine", "versions", "command"), speed),
     Section("fashion-mnist", "runs/fashion-mnist/summary.json", "qatana run examples/fashion-mnist.yaml", "docs/jobs.md",
             ("rows", "parity", "seconds"), job),
+    Section("trained-formats", "runs/formats/summary.json", "qatana run examples/formats.yaml", "docs/jobs.md",
+            ("rows", "parity", "seconds"), job),
     Section("cifar10", "runs/cifar10/summary.json", "qatana run examples/cifar10.yaml", "docs/jobs.md",
             ("rows", "parity", "seconds"), job),
     Section("formats", "runs/formats.json", "qatana formats --out runs/formats.json", "docs/formats.md",

@@ -12,6 +12,7 @@ qatana.verify(model, artifact, "model.onnx", batches).raise_on_difference()
 
 from qatana.artifact import Artifact
 from qatana.calibrate import calibrate
+from qatana.checkpoints import Checkpoint, read_checkpoint
 from qatana.convert import convert, integer_model
 from qatana.errors import DataError, ModelError, QatanaError, RecipeError
 from qatana.export import export, export_float
@@ -22,6 +23,7 @@ from qatana.ptq import ptq
 from qatana.quantizer import Quantizer, quantizers
 from qatana.recipe import TARGETS, Plan, Recipe, Rule, recipe
 from qatana.report import ReportData, format_table, measure, render
+from qatana.start import recipe_of, start_from
 from qatana.train import (
     Controller,
     History,
@@ -41,6 +43,7 @@ __all__ = [
     "TARGETS",
     "Artifact",
     "Certificate",
+    "Checkpoint",
     "Controller",
     "DataError",
     "History",
@@ -73,10 +76,13 @@ __all__ = [
     "ptq",
     "quantize_gradients",
     "quantizers",
+    "read_checkpoint",
     "recipe",
+    "recipe_of",
     "render",
     "run_file",
     "scheme",
+    "start_from",
     "training_of",
     "verify",
 ]

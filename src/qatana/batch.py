@@ -1,8 +1,10 @@
-"""What a batch is: how the tensors that a model takes are found in whatever a loader yields."""
+"""What a batch is: how the tensors that a model takes are found in whatever a loader yields; and how a model is only looked at."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -58,3 +60,15 @@ def move(batch: tuple[tuple[Any, ...], dict[str, Any]], device: torch.device) ->
         tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in args),
         {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()},
     )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; afterwards every module is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

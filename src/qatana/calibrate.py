@@ -11,7 +11,7 @@ from torch import nn
 from qatana.batch import check_finite, move, split_inputs
 from qatana.errors import DataError, ModelError
 from qatana.nn.settle import settle_weights
-from qatana.quantizer import quantizers
+from qatana.quantizer import merge_ranks, quantizers, total_over_ranks
 
 
 def calibrate(
@@ -25,6 +25,7 @@ def calibrate(
 
     loader    yields batches as the model takes them; labels are ignored. `batches` limits how many are used
     progress  called with the number of batches done
+    Under torch.distributed every process calibrates on its own batches, and all get the ranges of all.
     Raises: ModelError if the model has no quantizers or one saw no data; DataError for an empty loader or NaN or infinite values."""
     found = quantizers(model)
     if not found:
@@ -52,7 +53,8 @@ def calibrate(
             module.training = training
         for quantizer in found.values():
             quantizer.observing = False
-    if seen == 0:
+    merge_ranks(model)
+    if total_over_ranks(seen, device) == 0:
         raise DataError("the calibration loader yielded no batch; check the data path, the split and the batch size")
     settle(model)
     return model

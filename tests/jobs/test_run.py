@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from support.image_files import idx
 from torch import nn
 
 import qatana as qt
@@ -77,7 +79,9 @@ def summary(folder: Path) -> dict[str, Any]:
 def check_files(folder: Path) -> None:
     """summary.json has the agreed form, and what it says holds of the files."""
     found = summary(folder)
-    assert set(found) == {"rows", "parity", "drift", "labels", "seconds"}
+    assert set(found) == {"rows", "parity", "drift", "labels", "seconds", "machine", "versions"}
+    assert set(found["machine"]) == {"processor", "isa", "threads"}
+    assert found["versions"]["torch"] == version("torch")
     assert set(found["seconds"]) == {"float", "ptq", "qat", "export", "verify"}
     assert all(seconds > 0 for seconds in found["seconds"].values())
     rows = {(row["name"], row["engine"]): row for row in found["rows"]}
@@ -227,8 +231,7 @@ def image_job(folder: Path) -> Any:
         images = torch.randint(0, 256, (20, 8, 8), generator=generator, dtype=torch.uint8)
         labels = torch.arange(20, dtype=torch.uint8) % 3
         for tensor, kind in ((images, "images-idx3-ubyte"), (labels, "labels-idx1-ubyte")):
-            head = bytes((0, 0, 8, tensor.ndim)) + b"".join(n.to_bytes(4, "big") for n in tensor.shape)
-            (data / f"{part}-{kind}").write_bytes(head + tensor.numpy().tobytes())
+            (data / f"{part}-{kind}").write_bytes(idx(tensor.numpy()))
     (folder / "net.py").write_text(
         "from torch import nn\n"
         "def net():\n"

@@ -10,7 +10,7 @@ from support.tensors import all_tensors, bits
 from torch import Tensor
 
 from qatana.numerics import dequantize_by, quantize_by, scheme
-from qatana.numerics.formats import DYNAMIC8, DYNAMIC8_CPU, FP4, NF4, Codebook
+from qatana.numerics.formats import BINARY, DYNAMIC8, DYNAMIC8_CPU, FP4, NF4, Codebook
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -107,16 +107,22 @@ def test_the_cpu_kernel_is_not_the_nearest_value() -> None:
     assert torch.equal(ours.long(), nearest(x, 256)[0])
 
 
-@pytest.mark.parametrize("book", [NF4, FP4, DYNAMIC8], ids=str)
-def test_ties_go_to_the_lower_value(book: Codebook) -> None:
-    """Every midpoint of the table and its float neighbours, against torch.bucketize: the rule of the portable kernels."""
+@pytest.mark.parametrize("book", [NF4, FP4, DYNAMIC8, BINARY, Codebook("thirds", (0.3, -0.0, -1.0))], ids=str)
+def test_the_nearest_value_of_every_kind_of_float(book: Codebook) -> None:
+    """Against torch.bucketize, the rule of the portable kernels: a tie goes to the lower value, to the higher for signs. Every midpoint
+    and its float neighbours, and the first and last float of each 65,536 in a row: of every bucket of the fast path, whatever its size."""
     values = torch.tensor(book.table).sort().values
     middle = (values[:-1] + values[1:]) / 2
-    t = torch.cat(
-        [middle, torch.nextafter(middle, torch.tensor(2.0)), torch.nextafter(middle, torch.tensor(-2.0)), values]
-    )
-    assert torch.equal(book.positions(t), torch.bucketize(t, middle, out_int32=True))
-    assert torch.equal(book.round_(t.clone()), values[torch.bucketize(t, middle)])
+    firsts = torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16
+    floats = torch.cat([firsts, firsts | 0xFFFF]).view(torch.float32)
+    neighbours = [torch.nextafter(middle, torch.tensor(end)) for end in (-torch.inf, torch.inf)]
+    t = torch.cat([middle, *neighbours, values, floats[~floats.isnan()]])
+    nearest = torch.bucketize(t, middle, right=book is BINARY)
+    assert torch.equal(book.positions(t), nearest)
+    assert torch.equal(book.round_(t.clone()), values[nearest])
+    assert (
+        0 <= int(book.positions(floats).min()) <= int(book.positions(floats).max()) < len(values)
+    )  # NaN too has a place
 
 
 def test_a_short_last_block() -> None:

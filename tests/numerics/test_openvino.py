@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.compare import same, tensor
 from support.openvino_kernels import Grid, Model, f32, near, near_tie_scale
 
 from qatana.numerics import Affine, engine
@@ -18,17 +19,6 @@ ops = torch.ops.qatana
 OV = "openvino"
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 I8, U8 = np.int8, np.uint8
-
-
-def tensor(x: np.ndarray | None) -> Any:
-    return None if x is None else torch.from_numpy(x)
-
-
-def same(ours: torch.Tensor, theirs: np.ndarray) -> None:
-    assert ours.shape == theirs.shape
-    assert str(ours.dtype).removeprefix("torch.") == str(theirs.dtype)
-    different = int((ours.numpy() != theirs).sum())
-    assert different == 0, f"{different} of {theirs.size} differ"
 
 
 def scales(rng: np.random.Generator, n: int) -> np.ndarray:

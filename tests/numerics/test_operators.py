@@ -13,6 +13,7 @@ import onnx
 import pytest
 import torch
 from onnx import helper
+from support.compare import same, tensor
 from support.kernels import f32, proto, session, tie_share
 
 ops = torch.ops.qatana
@@ -87,17 +88,6 @@ def draw_weight(
 def grids(rng: np.random.Generator) -> tuple[Grid, Grid]:
     a, b = rng.uniform(0.003, 0.2, 2).astype(np.float32)
     return Grid(a, int(rng.integers(0, 256))), Grid(b, int(rng.integers(0, 256)))
-
-
-def tensor(x: np.ndarray | None) -> Any:
-    return None if x is None else torch.from_numpy(x)
-
-
-def same(ours: torch.Tensor, theirs: np.ndarray) -> None:
-    assert ours.shape == theirs.shape
-    assert str(ours.dtype).removeprefix("torch.") == str(theirs.dtype)
-    different = int((ours.numpy() != theirs).sum())
-    assert different == 0, f"{different} of {theirs.size} differ"
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -54,3 +54,6 @@ def test_the_quick_table(capsys: pytest.CaptureFixture[str]) -> None:
         assert set(row["sqnr"]) == set(found["tensors"])
         assert row["ns_per_element"] > 0
         assert row["copies"] > 0
+        assert (row["search_copies"] is not None) == row["name"].startswith(
+            ("hqq", "gguf:q4_k", "gguf:q5_k", "gguf:q6_k")
+        )

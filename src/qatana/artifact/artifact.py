@@ -46,6 +46,7 @@ class Artifact:
                 tensors[node.target] = tensor
         names = [node.name for node in graph_module.graph.nodes if node.op == "placeholder"]
         args, kwargs = plan.example_inputs
+        inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         config = {
             "format": FORMAT,
             "version": VERSION,
@@ -53,7 +54,7 @@ class Artifact:
             "recipe": plan.recipe.to_dict(),
             "plan": [row.to_dict() for row in plan.rows],
             "float_bytes": plan.float_bytes,
-            "inputs": [_describe(name, x) for name, x in zip(names, (*args, *kwargs.values()), strict=True)],
+            "inputs": [_describe(name, x) for name, x in zip(names, inputs, strict=True)],
         }
         return cls(decode_graph(encode_graph(graph_module.graph), tensors), config)
 
@@ -65,6 +66,11 @@ class Artifact:
     @property
     def engine(self) -> str:
         return Recipe.from_dict(self.config["recipe"]).resolved.engine
+
+    @property
+    def free(self) -> bool:
+        """Whether its target binds it to no engine: it runs in PyTorch and has no file."""
+        return Recipe.from_dict(self.config["recipe"]).resolved.free
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -83,7 +89,7 @@ class Artifact:
         return {
             n.name: str(n.args[-1])
             for n in self.operators()
-            if "quantize" in str(n.target) and "dequantize" not in str(n.target)
+            if "quantize" in str(n.target) and not any(w in str(n.target) for w in ("dequantize", "fake_quantize"))
         }
 
     def example_inputs(self, batch: int = 2, sequence: int = 16) -> tuple[Tensor, ...]:

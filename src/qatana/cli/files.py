@@ -71,7 +71,7 @@ def verify(
         for section in chosen(run, recipe):
             final = run.phases(section)[-1]
             engines = run.file_engines(section)
-            found = run.verify(section, final, engine or engines[0]).result
+            found = run.verify(section, final, engine or (engines[0] if engines else "torch")).result
             console.print(found["text"], markup=False, highlight=False)
             failed |= not found["verdict"]
     if failed:

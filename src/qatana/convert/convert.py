@@ -12,9 +12,10 @@ from torch.fx.graph import CodeGen
 
 from qatana.artifact import Artifact
 from qatana.batch import split_inputs
-from qatana.convert.layers import CONVERTERS
+from qatana.convert.layers import CONVERTERS, STORERS
 from qatana.convert.simplify import simplify
 from qatana.errors import ModelError
+from qatana.nn import Conv, Linear
 from qatana.quantizer import quantizers
 from qatana.recipe import Plan
 
@@ -27,8 +28,11 @@ def integer_model(model: nn.Module) -> nn.Module:
     if not found:
         raise ModelError("the model has no quantizers; call qatana.prepare(model, plan) first")
     copied = copy.deepcopy(model).eval()
+    converters = STORERS if plan_of(model).recipe.resolved.free else CONVERTERS
     for name, layer in list(copied.named_modules()):
-        converter = CONVERTERS.get(type(layer))
+        if isinstance(layer, (Linear, Conv)):
+            layer.gradient = None  # a matter of training
+        converter = (CONVERTERS if getattr(layer, "integer", False) else converters).get(type(layer))
         if converter is None or not any(v is not None for k, v in _slots(layer)):
             continue
         parent, _, leaf = name.rpartition(".")
@@ -46,25 +50,33 @@ def convert(model: nn.Module, example_inputs: Any = None) -> Artifact:
 
     example_inputs  default: those of the plan. Dimension 0 (batch) and, for token ids, dimension 1 (sequence) stay
                     free."""
-    plan: Plan = getattr(model, "qatana_plan", None) or getattr(model, "meta", {}).get("qatana_plan")  # type: ignore[assignment]
-    if plan is None:
-        raise ModelError("the model carries no plan; convert takes the model that qatana.prepare returned")
+    plan = plan_of(model)
     args, kwargs = plan.example_inputs if example_inputs is None else split_inputs(example_inputs, model)
     graph_module = capture_integers(integer_model(model), args, kwargs)
     return Artifact.from_graph(graph_module, plan)
 
 
+def plan_of(model: nn.Module) -> Plan:
+    """The plan that a prepared model carries. Raises: ModelError if it carries none."""
+    plan: Any = getattr(model, "qatana_plan", None) or getattr(model, "meta", {}).get("qatana_plan")
+    if plan is None:
+        raise ModelError("the model carries no plan; convert takes the model that qatana.prepare returned")
+    return plan
+
+
 class _Positional(nn.Module):
     """A model called with its example arguments by position, returning plain tensors (Hugging Face outputs: the
-    logits)."""
+    logits). `fixed`: arguments that are no tensors (use_cache=False) become part of the graph."""
 
-    def __init__(self, model: nn.Module, names: list[str]) -> None:
+    def __init__(self, model: nn.Module, names: list[str], fixed: dict[str, Any]) -> None:
         super().__init__()
-        self.model, self.names = model, names
+        self.model, self.names, self.fixed = model, names, fixed
 
     def forward(self, *args: Any) -> Any:
         count = len(args) - len(self.names)
-        return plain_outputs(self.model(*args[:count], **dict(zip(self.names, args[count:], strict=True))))
+        return plain_outputs(
+            self.model(*args[:count], **dict(zip(self.names, args[count:], strict=True)), **self.fixed)
+        )
 
 
 def plain_outputs(out: Any) -> Any:
@@ -78,12 +90,14 @@ def capture_integers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     """The graph of a converted model, its inputs named like the model's arguments.
 
     torch.export with a free batch (it needs two examples: one is taken for a constant) and a free sequence."""
+    fixed = {name: value for name, value in kwargs.items() if not isinstance(value, torch.Tensor)}
+    kwargs = {name: value for name, value in kwargs.items() if name not in fixed}
     inputs = tuple(_two(x.cpu()) for x in (*args, *kwargs.values()))
     shapes = {"args": tuple(_free(x) for x in inputs)}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # third-party deprecations inside torch.export and transformers
         program = torch.export.export(
-            _Positional(model.cpu(), list(kwargs)), inputs, dynamic_shapes=shapes, strict=False
+            _Positional(model.cpu(), list(kwargs), fixed), inputs, dynamic_shapes=shapes, strict=False
         )
         program = program.run_decompositions({})  # the same operators, none of them in place: x += y becomes a sum
         graph_module = program.module(check_guards=False)

@@ -25,7 +25,9 @@ from qatana.nn.integer import (
     IntegerLinear,
 )  # fmt: skip
 from qatana.nn.linear import Linear, is_static_tensor
+from qatana.nn.stored import StoredConv, StoredEmbedding, StoredLinear, StoredWeight
 from qatana.numerics import IntFormat, pack
+from qatana.numerics.stored import store
 from qatana.quantizer import Quantizer
 
 
@@ -127,6 +129,45 @@ def _slots(layer: nn.Module, *roles: str) -> list[Codes]:
         )
     return [Codes(quantizer) for quantizer in found.values()]
 
+
+def stored_weight(quantizer: Quantizer, weight: Tensor) -> StoredWeight:
+    """A weight of the free target as it ships."""
+    scheme = quantizer.scheme
+    return StoredWeight(store(weight, scheme, **quantizer.given(weight)), scheme, weight.shape, quantizer.name)
+
+
+def store_linear(layer: Linear) -> nn.Module:
+    """The weight as codes, whatever its format; inputs and outputs as in training."""
+    if layer.weight_quantizer is None:
+        return layer
+    bias = None if layer.bias is None else layer.bias.detach().clone()
+    weight = stored_weight(layer.weight_quantizer, layer.weight)
+    return StoredLinear(weight, bias, layer.input_quantizer, layer.output_quantizer)
+
+
+def store_conv(layer: Conv) -> nn.Module:
+    """The folded weight as codes; a norm that is not folded into codes is folded into nothing."""
+    if layer.weight_quantizer is None:
+        return layer
+    weight, bias, _ = layer.folded()
+    geometry = (layer.stride, layer.padding, layer.dilation, layer.groups)
+    stored = stored_weight(layer.weight_quantizer, weight.detach())
+    bias = None if bias is None else bias.detach().clone()
+    return StoredConv(stored, bias, layer.input_quantizer, layer.output_quantizer, layer.relu, geometry)
+
+
+def store_embedding(layer: Embedding) -> nn.Module:
+    """The table as codes."""
+    assert layer.weight_quantizer is not None
+    return StoredEmbedding(stored_weight(layer.weight_quantizer, layer.weight.detach()))
+
+
+STORERS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
+    Linear: store_linear,
+    Conv: store_conv,
+    Embedding: store_embedding,
+}
+"""What the free target makes of a layer. Sums, pools and attention keep their quantizers as they are."""
 
 CONVERTERS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     Linear: convert_linear,

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +10,7 @@ from torch import Tensor, nn
 
 from qatana.batch import split_inputs
 from qatana.errors import ExportError, require
+from qatana.export.program import quiet
 from qatana.files import replacing
 
 OPSET = 21
@@ -47,7 +44,7 @@ def export_float(model: nn.Module, example_inputs: Any, path: str | Path) -> Pat
     shapes = tuple({0: free, 1: free} if x.ndim == 2 and not x.is_floating_point() else {0: free} for x in inputs)
     was_training = model.training
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quiet():
             program: Any = torch.onnx.export(
                 _Logits(model.eval(), list(kwargs)),
                 inputs,
@@ -67,17 +64,3 @@ def export_float(model: nn.Module, example_inputs: Any, path: str | Path) -> Pat
     with replacing(path) as temporary:
         temporary.write_bytes(program.model_proto.SerializeToString())
     return path
-
-
-@contextlib.contextmanager
-def _quiet() -> Any:
-    """Keep the exporter's progress lines and third-party warnings to itself."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -4,13 +4,8 @@ Tensors of codes carry the names of the QAT model's quantizers, so that any tool
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
-import warnings
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +14,10 @@ import numpy as np
 from qatana.artifact import Artifact
 from qatana.errors import ExportError, require
 from qatana.export.dequantize_first import dequantize_first
-from qatana.export.program import onnx_program
+from qatana.export.program import onnx_program, quiet
 from qatana.export.translations import OPENVINO
 from qatana.files import replacing
+from qatana.recipe import TARGETS
 
 METADATA = "qatana"
 
@@ -33,6 +29,11 @@ def export(artifact: Artifact, path: str | Path) -> Path:
     path = Path(path)
     if path.suffix != ".onnx":
         raise ExportError(f"{artifact.target} is exported as ONNX: name the file '{path.stem}.onnx', not '{path.name}'")
+    if artifact.free:
+        raise ExportError(
+            f"target '{artifact.target}' runs in PyTorch and has no file of an engine; keep artifact.save(folder), or choose one of "
+            f"{', '.join(name for name, known in TARGETS.items() if not known.free)}"
+        )
     model = onnx_model(artifact)
     with replacing(path) as temporary:
         temporary.write_bytes(model.SerializeToString())
@@ -43,7 +44,7 @@ def onnx_model(artifact: Artifact) -> Any:
     """The ONNX ModelProto of an Artifact."""
     require("onnxscript", "onnx")
     onnx = require("onnx", "onnx")
-    with _quiet():
+    with quiet():
         program = onnx_program(artifact)
     model = program.model_proto
     names = _value_names(artifact, program)
@@ -130,17 +131,3 @@ def _rename(model: Any, names: dict[str, tuple[str, str]]) -> dict[str, str]:
         node.input[:] = [new.get(name, name) for name in node.input]
         node.output[:] = [new.get(name, name) for name in node.output]
     return {node: new[old] for old, (node, _) in names.items()}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's progress lines and third-party warnings to itself."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

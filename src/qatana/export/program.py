@@ -6,6 +6,11 @@ exported before and rarely has such an operator. So it is translated as captured
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -54,3 +59,17 @@ def _translate(captured: Any, names: list[str]) -> Any:
         captured, dynamo=True, custom_translation_table=table(), input_names=names, opset_version=OPSET, optimize=False,
         verbose=False,
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the exporter's progress lines and third-party warnings to itself."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -116,7 +116,7 @@ def _quantized_candidates(run: Run, section: RecipeSection, phase: str) -> list[
     deployed = phase == final or run.job.evaluation.deploy_ptq
     size = run.convert(section, phase if deployed else final).result["bytes"]
     found = [Candidate(name, TORCH, trained, size, lambda: run.torch_runner(run.model(section, phase)), times_as)]
-    if deployed:
+    if deployed and not run.is_free(section):
         file = run.export(section, phase)
         stem = run.stem(section, phase)
         for engine in run.file_engines(section):
@@ -135,6 +135,8 @@ def _quantized_candidates(run: Run, section: RecipeSection, phase: str) -> list[
 
 def _certificates(run: Run, section: RecipeSection) -> list[dict[str, Any]]:
     final = run.phases(section)[-1]
+    if run.is_free(section):
+        return [run.verify(section, final, TORCH).result]
     engines = run.job.evaluation.verify_engines or run.file_engines(section)[:1]
     return [run.verify(section, final, engine).result for engine in engines if engine in run.file_engines(section)]
 
@@ -163,13 +165,17 @@ def _labels(run: Run, candidates: list[Candidate]) -> dict[str, dict[str, int]]:
 
 
 def _parity(run: Run, certificates: list[dict[str, Any]], labels: dict[str, dict[str, int]]) -> dict[str, int]:
-    """Sums over the certificates' codes, and over the labels of each trained file in the engine that its target is made for."""
+    """Sums over the certificates' codes, and over the labels of each trained file in the engine that its target is made for; artifacts
+    that PyTorch runs have those labels that their certificates compared."""
     own = [
         labels[f"{section.name}-{run.phases(section)[-1]} {engine}"]
         for section in run.job.recipes
         for engine in run.file_engines(section)[:1]
     ]
-    return total([entry["parity"] for entry in certificates]) | {
+    parts = [entry["parity"] for entry in certificates if entry["certificate"]["engine"] == TORCH]
+    own += [{"compared": part["labels_compared"], "different": part["labels_different"]} for part in parts]
+    codes = {"codes_compared": 0, "codes_different": 0} | total([entry["parity"] for entry in certificates])
+    return codes | {
         "labels_compared": sum(entry["compared"] for entry in own),
         "labels_different": sum(entry["different"] for entry in own),
     }

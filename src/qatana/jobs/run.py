@@ -180,6 +180,7 @@ class Run:
         """QAT model, integer model and file, compared code by code. The result is the certificate; a failed one is a result."""
         stem = self.stem(section, phase)
         file = f"certificates/{stem}-{engine}.json"
+        deployed = f"artifacts/{stem}" if self.is_free(section) else f"{stem}.onnx"
 
         def work(scratch: Path) -> Any:
             evaluation = self.job.evaluation
@@ -187,7 +188,7 @@ class Run:
             artifact = qt.Artifact.load(self.folder / "artifacts" / stem)
             with self.progress.bar("comparing codes", len(batches)) as advance:
                 found = qt.verify(
-                    self.model(section, phase), artifact, self.folder / f"{stem}.onnx", batches, engine=engine,
+                    self.model(section, phase), artifact, self.folder / deployed, batches, engine=engine,
                     progress=lambda done: advance(),
                 )  # fmt: skip
             data: dict[str, Any] = found.to_dict() | {"variant": stem}
@@ -202,10 +203,14 @@ class Run:
             }
 
         inputs = {
-            "file": self.export(section, phase),
+            "file": self.convert(section, phase) if self.is_free(section) else self.export(section, phase),
             "evaluation": self.job.evaluation.model_dump(include={"verify_batches", "verify_batch_size", "limit"}),
         }
         return self.stages.run(f"{stem}.verify-{engine}", inputs, work, [file], f"{stem}: verify in {engine}")
+
+    def is_free(self, section: RecipeSection) -> bool:
+        """Whether the recipe's target is bound to no engine: its artifact is what is deployed, and PyTorch runs it."""
+        return self.job.recipe(section).resolved.free
 
     def file_engines(self, section: RecipeSection) -> list[str]:
         """The job's engines that run files of this recipe's target, the target's own first."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 
@@ -39,7 +41,7 @@ class AttentionProducts(nn.Module):
 
     def _scores(self, query: Tensor, key: Tensor, scaling: float) -> Tensor:
         qq, qk = self.query_quantizer, self.key_quantizer
-        if not (qq and qk and qq.enabled and qk.enabled):
+        if not (_integers(qq) and _integers(qk)):
             query = query if qq is None else qq(query)
             key = key if qk is None else qk(key)
             return torch.matmul(query, key.transpose(-1, -2)) * scaling
@@ -53,7 +55,7 @@ class AttentionProducts(nn.Module):
 
     def _context(self, probabilities: Tensor, value: Tensor) -> Tensor:
         qp, qv, qc = self.probability_quantizer, self.value_quantizer, self.context_quantizer
-        if not (qp and qv and qp.enabled and qv.enabled):
+        if not (_integers(qp) and _integers(qv)):
             probabilities = probabilities if qp is None else qp(probabilities)
             value = value if qv is None else qv(value)
             context = torch.matmul(probabilities, value)
@@ -73,3 +75,8 @@ class AttentionProducts(nn.Module):
         context = self.engine.product_levels(acc, s32, parameters)
         qc.record(context, parameters.zero_point)
         return context * parameters.scale
+
+
+def _integers(quantizer: Quantizer | None) -> TypeGuard[Quantizer]:
+    """Whether a quantizer is on and hands out the levels that an integer product multiplies."""
+    return quantizer is not None and quantizer.enabled and quantizer.has_levels and quantizer.scheme.scale != "dynamic"

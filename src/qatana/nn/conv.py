@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qatana.errors import ModelError
-from qatana.numerics import accumulate
+from qatana.numerics import Scheme, accumulate, quantize_gradient
 from qatana.numerics import engine as engine_named
 from qatana.quantizer import Quantizer
 
@@ -30,7 +30,9 @@ class Conv(nn.Module):
 
     x (B, C, *space), W (N, C / groups, *kernel), y and, if given, the summand `other` (B, N, *space'). Slots: weight_quantizer,
     input_quantizer, other_quantizer (of the summand), output_quantizer. The float layers keep their places and state_dict keys:
-    `batch_norm` is referred to, not owned."""
+    `batch_norm` is referred to, not owned.
+
+    gradient  scheme of the gradient of y, rounded stochastically, from which all others are computed; None: as it comes"""
 
     def __init__(self, conv: nn.Module, batch_norm: nn.Module | None, relu: bool, engine: str) -> None:
         super().__init__()
@@ -50,6 +52,7 @@ class Conv(nn.Module):
         self.input_quantizer: Quantizer | None = None
         self.other_quantizer: Quantizer | None = None
         self.output_quantizer: Quantizer | None = None
+        self.gradient: Scheme | None = None
 
     @property
     def batch_norm(self) -> Any:
@@ -84,9 +87,14 @@ class Conv(nn.Module):
             return False
         used = [q for q in (w, i, o, r) if q is not None]
         per_channel = w.scheme.granularity.kind == "tensor" or str(w.scheme.granularity) == "channel"
-        return per_channel and all(q.enabled and q.scheme.is_integer for q in used)
+        known = all(q.scheme.scale != "dynamic" for q in used if q is not w)
+        return per_channel and known and all(q.enabled and q.has_levels for q in used)
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        y = self._forward(x, other)
+        return y if self.gradient is None else quantize_gradient(y, self.gradient)
+
+    def _forward(self, x: Tensor, other: Tensor | None) -> Tensor:
         norm = self.batch_norm
         if norm is not None and self.training and not self.freeze_batch_norm:
             return self._with_batch_statistics(x, other)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qatana.numerics import levels
+from qatana.numerics import Scheme, levels
 from qatana.quantizer import Quantizer
 
 
@@ -13,7 +13,7 @@ class Embedding(nn.Module):
     """Rows of a quantized table.   ids (*shape) int64 -> (code - zero_point) * scale of row ids, float32 (*shape, D).
 
     Only the rows that a batch uses are quantized in training: equal to quantizing the whole table, since scales belong to rows.
-    Formats whose scales depend on the whole table (two levels, searches) quantize it whole."""
+    Schemes whose scales depend on more than a row (one per tensor, two levels, searches) quantize it whole."""
 
     def __init__(self, weight: nn.Parameter, padding_idx: int | None = None) -> None:
         super().__init__()
@@ -29,13 +29,11 @@ class Embedding(nn.Module):
         quantizer = self.weight_quantizer
         if quantizer is None or not quantizer.enabled:
             return rows
-        flat = rows.reshape(-1, self.embedding_dim)
-        if not quantizer.scheme.is_integer:
-            scheme = quantizer.scheme
-            by_rows = scheme.granularity.kind in ("channel", "group") and scheme.grid.local and not scheme.grid.whole
-            if scheme.scale == "dynamic" and by_rows:
-                return quantizer(flat).reshape(rows.shape)
+        scheme, flat = quantizer.scheme, rows.reshape(-1, self.embedding_dim)
+        if not _by_rows(scheme) or not (scheme.is_integer or scheme.scale == "dynamic"):
             return F.embedding(ids, quantizer(self.weight), self.padding_idx)
+        if not scheme.is_integer:
+            return quantizer(flat).reshape(rows.shape)
         view = quantizer.scheme.granularity.view(flat)
         if quantizer.scheme.scale == "dynamic":
             scale, zero = quantizer.weight_parameters(flat)
@@ -43,3 +41,10 @@ class Embedding(nn.Module):
             scale, zero = (p[ids.reshape(-1)] for p in quantizer.weight_parameters(self.weight))
         format = quantizer.scheme.integer
         return (levels(view, scale, zero, format.lo, format.hi) * scale).reshape(rows.shape).to(rows.dtype)
+
+
+def _by_rows(scheme: Scheme) -> bool:
+    """Whether the scales of a row follow from that row alone."""
+    granularity = scheme.granularity
+    own = granularity.kind == "group" or (granularity.kind == "channel" and granularity.axis == 0)
+    return own and scheme.grid.local and not scheme.grid.whole

@@ -50,7 +50,7 @@ class Linear(nn.Module):
         w, x = self.weight_quantizer, self.input_quantizer
         return (
             w is not None and x is not None and w.enabled and x.enabled
-            and x.scheme.is_integer and w.scheme.is_integer
+            and x.has_levels and w.has_levels and w.scheme.symmetric
             and x.scheme.granularity.kind == "tensor" and w.scheme.granularity.kind in ("channel", "tensor")
         )  # fmt: skip
 

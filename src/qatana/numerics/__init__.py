@@ -15,6 +15,7 @@ from qatana.numerics.engine import Affine, Engine
 from qatana.numerics.engines import engine
 from qatana.numerics.formats import Codebook, FloatFormat, IntFormat, parse_format
 from qatana.numerics.granularity import Granularity
+from qatana.numerics.held import fake_quantize_held, held_shapes, hold
 from qatana.numerics.packing import pack, unpack
 from qatana.numerics.parameters import scale_and_zero_point
 from qatana.numerics.scales import Parameters, ScaleType
@@ -23,8 +24,9 @@ from qatana.numerics.scheme_names import NAMES, scheme
 from qatana.numerics.stochastic import quantize_gradient, stochastic
 
 __all__ = [
-    "NAMES", "RANGES", "SCALE_MODES", "Affine", "Codebook", "Engine", "FloatFormat", "Granularity", "IntFormat", "Parameters",
-    "ScaleType", "Scheme", "dequantize", "dequantize_by", "engine", "fake_quantize", "fake_quantize_by", "levels", "pack",
-    "parse_format", "quantize", "quantize_by", "quantize_gradient", "replace_forward", "round_clamp", "scale_and_zero_point",
-    "scale_gradient", "scheme", "stochastic", "unpack",
+    "NAMES", "RANGES", "SCALE_MODES", "Affine", "Codebook", "Engine", "FloatFormat", "Granularity", "IntFormat",
+    "Parameters", "ScaleType", "Scheme", "dequantize", "dequantize_by", "engine", "fake_quantize", "fake_quantize_by",
+    "fake_quantize_held", "held_shapes", "hold", "levels", "pack", "parse_format", "quantize", "quantize_by",
+    "quantize_gradient", "replace_forward", "round_clamp", "scale_and_zero_point", "scale_gradient", "scheme",
+    "stochastic", "unpack",
 ]  # fmt: skip

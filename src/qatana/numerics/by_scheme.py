@@ -10,7 +10,7 @@ torch.compile and torch.export: one call in the graph, the same bits as in eager
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -18,12 +18,10 @@ from torch import Tensor
 
 from qatana.errors import DataError, SchemeError
 from qatana.numerics.formats import GgufFormat
-from qatana.numerics.grid import Grid
+from qatana.numerics.grid import RangeGrid
+from qatana.numerics.pieces import PIECE, pieces
 from qatana.numerics.scales import Parameters
 from qatana.numerics.scheme import Scheme
-
-PIECE = 65536
-"""Elements walked at a time: 256 KB of float32, so that a piece, its result and a temporary lie in a 1 MB cache."""
 
 
 @lru_cache(maxsize=1024)
@@ -35,11 +33,6 @@ def stack_of(x: Tensor, scheme: Scheme) -> Tensor:
     """The stack that the scheme's equations see. GGUF types whose blocks form rows of 256 keep a row together."""
     stack, format = scheme.granularity.stack(x), scheme.format
     return stack.view(-1, format.row // format.block, format.block) if isinstance(format, GgufFormat) else stack
-
-
-def _pieces(stack: Tensor) -> Iterator[slice]:
-    rows = max(1, PIECE * stack.shape[0] // max(1, stack.numel()))
-    return (slice(start, start + rows) for start in range(0, stack.shape[0], rows))
 
 
 def _part(p: Parameters, piece: slice, rows: int) -> Parameters:
@@ -55,8 +48,11 @@ def solve(x: Tensor, scheme: Scheme) -> Parameters:
         return grid.solve(torch.zeros([max(1, n) for n in stack.shape], device=x.device), dims)
     if dims[0] == 0 or grid.whole:
         return grid.solve(stack, dims)
-    parts = [grid.statistics(stack[piece].float(), dims) for piece in _pieces(stack)]
-    return grid.parameters(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    if isinstance(grid, RangeGrid):
+        found = [grid.statistics(stack[piece].float(), dims) for piece in pieces(stack)]
+        return grid.parameters(*(torch.cat(part) for part in zip(*found, strict=True)))
+    parts = [grid.solve(stack[piece].float(), dims) for piece in pieces(stack)]
+    return parts[0].__class__(*(torch.cat(part) if part[0].ndim else part[0] for part in zip(*parts, strict=True)))
 
 
 def refuse_not_finite(x: Tensor) -> None:
@@ -69,28 +65,33 @@ def refuse_not_finite(x: Tensor) -> None:
     )
 
 
-def _refuse_overflow(p: Parameters, x: Tensor) -> None:
-    if not bool(torch.isfinite(p.scale).all()):
+def refuse_overflow(p: Parameters, x: Tensor) -> None:
+    """Raise DataError if a scale or an offset of x is infinite in the type that stores it."""
+    if not bool(torch.isfinite(p.scale).all() and torch.isfinite(p.offset).all()):
         most = float(x.abs().max())
         raise DataError(
             f"a tensor of shape {tuple(x.shape)} holds values up to {most:.3g}, whose scale overflows; rescale it"
         )
 
 
-def _walk(x: Tensor, grid: Grid, scheme: Scheme, given: Parameters | None, check: bool) -> tuple[Tensor, Tensor]:
-    """(x_hat, where inside); the second is empty where nothing can clip or the gradient passes anyway."""
-    granularity, dims = scheme.granularity, scheme.granularity.stack_dims()
+def walk(
+    x: Tensor, scheme: Scheme, given: Parameters | None, *, check: bool = False, mask: bool = True
+) -> tuple[Tensor, Tensor]:
+    """(x_hat, where inside); the second is empty where nothing can clip or the gradient passes anyway, and without `mask`.
+
+    given  the parameters; None: those of x itself.   check: refuse numbers that are not finite"""
+    grid, granularity, dims = scheme.grid, scheme.granularity, scheme.granularity.stack_dims()
     own = given is None
     stack = stack_of(x, scheme)
     local = own and grid.local and dims[0] != 0
     p = given if given is not None else None if local else solve(x, scheme)
-    mask = needs_mask(scheme, own)
+    mask = mask and needs_mask(scheme, own)
     if check and p is not None:
         refuse_not_finite(x)
-        _refuse_overflow(p, x)
+        refuse_overflow(p, x)
     out = torch.empty(stack.shape, dtype=x.dtype, device=x.device)
     inside = torch.empty(stack.shape if mask else (0,), dtype=torch.bool, device=x.device)
-    for piece in _pieces(stack):
+    for piece in pieces(stack):
         view = stack[piece].float()
         if check and not bool(torch.isfinite(view.sum())):
             refuse_not_finite(x)
@@ -128,7 +129,7 @@ def _(grad: Tensor, inside: Tensor) -> Tensor:
 @torch.library.custom_op("qatana::fake_quantize_own", mutates_args=())
 def _own(x: Tensor, scheme: str, check: bool) -> tuple[Tensor, Tensor]:
     found = _scheme(scheme)
-    return _walk(x.contiguous(), found.grid, found, None, check)
+    return walk(x.contiguous(), found, None, check=check)
 
 
 @_own.register_fake
@@ -140,6 +141,7 @@ def _(x: Tensor, scheme: str, check: bool) -> tuple[Tensor, Tensor]:
 def _save_inside(ctx, inputs, output) -> None:
     ctx.masked = output[1].ndim == output[0].ndim and output[1].shape == output[0].shape
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else zeros of the mask's size come with each gradient
     if ctx.masked:
         ctx.save_for_backward(output[1])
 
@@ -152,14 +154,15 @@ _own.register_autograd(_pass_inside, setup_context=_save_inside)
 
 
 @torch.library.custom_op("qatana::fake_quantize_given", mutates_args=())
-def _given(x: Tensor, scale: Tensor, offset: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
+def _given(x: Tensor, scale: Tensor, offset: Tensor, scheme: str, learned: bool) -> tuple[Tensor, Tensor]:
+    """`learned`: x is saved, so no mask is."""
     found = _scheme(scheme)
-    return _walk(x.contiguous(), found.grid, found, _parameters(found, scale, offset), False)
+    return walk(x.contiguous(), found, _parameters(found, scale, offset), mask=not learned)
 
 
 @_given.register_fake
-def _(x: Tensor, scale: Tensor, offset: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
-    mask = needs_mask(_scheme(scheme), False)
+def _(x: Tensor, scale: Tensor, offset: Tensor, scheme: str, learned: bool) -> tuple[Tensor, Tensor]:
+    mask = not learned and needs_mask(_scheme(scheme), False)
     return x.new_empty(x.shape), x.new_empty(x.shape if mask else (0,), dtype=torch.bool)
 
 
@@ -170,9 +173,9 @@ def _parameters(scheme: Scheme, scale: Tensor, offset: Tensor) -> Parameters:
 
 
 def _save_given(ctx, inputs, output) -> None:
-    x, scale, offset, ctx.scheme = inputs
+    x, scale, offset, ctx.scheme, ctx.learned = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.learned = ctx.needs_input_grad[1]
+    ctx.set_materialize_grads(False)  # else zeros of the mask's size come with each gradient
     ctx.save_for_backward(*((x, scale, offset) if ctx.learned else (output[1],)))
 
 
@@ -180,10 +183,10 @@ def _given_backward(ctx, grad: Tensor, _: Tensor | None):
     if ctx.learned:
         x, scale, offset = ctx.saved_tensors
         grad_x, grad_scale = torch.ops.qatana.fake_quantize_gradients(grad, x, scale, offset, ctx.scheme)
-        return grad_x, grad_scale, None, None
+        return grad_x, grad_scale, None, None, None
     inside = ctx.saved_tensors[0]
     masked = inside.shape == grad.shape
-    return (torch.ops.qatana.mask_gradient(grad, inside) if masked else grad), None, None, None
+    return (torch.ops.qatana.mask_gradient(grad, inside) if masked else grad), None, None, None, None
 
 
 _given.register_autograd(_given_backward, setup_context=_save_given)
@@ -193,12 +196,12 @@ _given.register_autograd(_given_backward, setup_context=_save_given)
 def _gradients(grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, scheme: str) -> tuple[Tensor, Tensor]:
     """Gradients of x and of a learned scale, from x itself: no float tensor is saved but x, which lives anyway."""
     found = _scheme(scheme)
-    grid, granularity, dims = found.grid, found.granularity, found.granularity.stack_dims()
+    grid, granularity, dims = found.ranged, found.granularity, found.granularity.stack_dims()
     p = _parameters(found, scale, offset)
     stack, upstream = granularity.stack(x.contiguous()), granularity.stack(grad.contiguous())
     grad_x = torch.empty_like(upstream)
     grad_scale = torch.zeros(p.scale.shape, dtype=torch.float64 if dims[0] == 0 else torch.float32, device=x.device)
-    for piece in _pieces(stack):
+    for piece in pieces(stack):
         part = _part(p, piece, stack.shape[0])
         t = grid.scaled(stack[piece].float(), part)
         level = t.clone()
@@ -231,25 +234,28 @@ def fake_quantize_by(x: Tensor, scheme: Scheme, scale: Tensor | None = None, off
         check = not torch.compiler.is_compiling() and not x.is_meta
         return _own(x, scheme.text, check)[0]
     if not scheme.takes_scale:
-        raise SchemeError(f"{scheme}: its scales follow from the tensor itself and cannot be given")
+        raise SchemeError(
+            f"{scheme}: its scales follow from the tensor itself and cannot be given; hold its parameters (fake_quantize_held)"
+        )
     if offset is None:
         offset = torch.full_like(scale, scheme.zero_point, requires_grad=False)
-    return _given(x, scale, offset, scheme.text)[0]
+    return _given(x, scale, offset, scheme.text, scale.requires_grad)[0]
 
 
-def quantize_by(x: Tensor, scheme: Scheme) -> tuple[Tensor, Parameters]:
+def quantize_by(x: Tensor, scheme: Scheme, held: Sequence[Tensor] | None = None) -> tuple[Tensor, Parameters]:
     """Codes of x in the format's storage dtype, shaped like the scheme's stack, and the parameters that read them back.
 
+    held  parameters from `hold`; None: from x itself
     Raises: SchemeError, DataError as `fake_quantize_by`."""
     scheme.check(x.shape)
     with torch.no_grad():
         x = x.detach().contiguous()
         refuse_not_finite(x)
-        p = solve(x, scheme)
-        _refuse_overflow(p, x)
+        p = solve(x, scheme) if held is None else scheme.grid.restore(held)
+        refuse_overflow(p, x)
         stack = stack_of(x, scheme)
         codes = torch.empty(stack.shape, dtype=scheme.code_dtype, device=x.device)
-        for piece in _pieces(stack):
+        for piece in pieces(stack):
             codes[piece] = scheme.grid.codes(stack[piece], _part(p, piece, stack.shape[0])).to(scheme.code_dtype)
     return codes, p
 
@@ -263,6 +269,6 @@ def dequantize_by(
 ) -> Tensor:
     """values(codes) in `shape` and `dtype`."""
     out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    for piece in _pieces(codes):
+    for piece in pieces(codes):
         out[piece] = scheme.grid.values(codes[piece], _part(p, piece, codes.shape[0]))
     return scheme.granularity.unview(out, shape)

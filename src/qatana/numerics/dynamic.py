@@ -6,6 +6,14 @@ import torch
 from torch import Tensor
 
 from qatana.numerics.affine import round_clamp
+from qatana.numerics.scheme import Scheme
+
+
+def at_run_time(scheme: Scheme) -> bool:
+    """Whether kernels quantize an activation so at run time: uint8 per tensor, or int8n per group, by the functions below."""
+    how = (scheme.granularity.kind, str(scheme.format), scheme.symmetric)
+    known = (("tensor", "uint8", False), ("group", "int8n", True))
+    return scheme.scale == "dynamic" and scheme.is_integer and how in known
 
 
 def dynamic_tensor(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

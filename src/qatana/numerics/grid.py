@@ -5,12 +5,13 @@ Codes are the format's, and values(codes(x)) is the fake-quantized x bit for bit
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qatana.numerics import gguf
 from qatana.numerics.formats import BINARY, Codebook, FloatFormat, IntFormat
 from qatana.numerics.scales import SMALLEST_SCALE, Parameters, ScaleType
 
@@ -20,60 +21,102 @@ Statistics = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The common part.
-
-    block     elements that share a scale along the last dimension (0: given by the granularity)
-    local     parameters of a block depend on its own elements alone
-    clips     elements may lie outside the range although the range is their own
-    straight  the gradient passes everywhere, clipped or not (absmean formats, as their papers have it)
-    inverse   `encode` multiplies
-    whole     `solve` needs the whole tensor at once: its parameters are no function of statistics per block"""
+class Grid(ABC):
+    """What every grid can do. `block`: elements that share a scale along the last dimension (0: given by the granularity)."""
 
     block: int = 0
 
-    local = True
-    clips = False
-    straight = False
-    inverse = False
-    whole = False
+    @property
+    def local(self) -> bool:
+        """Whether the parameters of a block depend on its own elements alone."""
+        return True
 
-    def statistics(self, view: Tensor, dims: Dims = (-1,)) -> Statistics:
-        """What `parameters` needs to know of each block: its smallest and largest element."""
-        return view.amin(dims, keepdim=True).float(), view.amax(dims, keepdim=True).float()
+    @property
+    def whole(self) -> bool:
+        """Whether `solve` needs the whole tensor at once: its parameters are no function of statistics per block."""
+        return False
 
-    def parameters(self, *statistics: Tensor) -> Parameters:
-        raise NotImplementedError
+    @property
+    def clips(self) -> bool:
+        """Whether elements may lie outside the range although the range is their own."""
+        return False
 
+    @property
+    def straight(self) -> bool:
+        """Whether the gradient passes everywhere, clipped or not (absmean formats, as their papers have it)."""
+        return False
+
+    @property
+    def inverse(self) -> bool:
+        """Whether `encode` multiplies."""
+        return False
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The parameters that are held; the others are copies of these or 0."""
+        return ("scale", "offset", "encode")
+
+    @abstractmethod
     def solve(self, view: Tensor, dims: Dims = (-1,)) -> Parameters:
-        """Parameters from the elements themselves."""
-        return self.parameters(*self.statistics(view, dims))
+        """Parameters from the elements themselves; `dims` are those over which a block extends."""
+
+    @abstractmethod
+    def apply(
+        self, view: Tensor, p: Parameters, *, fits: bool = False, mask: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Fake-quantized view (float32) and, if asked for and known, 1.0 where it was inside the range.
+
+        fits  the parameters are the view's own: nothing lies outside the range by more than rounding"""
+
+    @abstractmethod
+    def codes(self, view: Tensor, p: Parameters) -> Tensor:
+        """Codes of a view."""
+
+    @abstractmethod
+    def values(self, codes: Tensor, p: Parameters) -> Tensor:
+        """What codes stand for, float32."""
 
     def of(self, scale: Tensor, offset: Tensor) -> Parameters:
         """Parameters from a given (static, learned) scale."""
         return Parameters(scale, offset, scale.reciprocal() if self.inverse else scale)
 
+    def restore(self, held: Sequence[Tensor]) -> Parameters:
+        """Parameters from those held: what is not held is 0 (offset) or a copy of the scale (encode)."""
+        known = dict(zip(self.fields, held, strict=True))
+        scale = known["scale"]
+        return Parameters(scale, known.get("offset", scale.new_zeros(())), known.get("encode", scale))
+
+    def field_shape(self, name: str, stack: Sequence[int], dims: Dims) -> tuple[int, ...]:
+        """Shape of a held parameter of a stack: one number per block, () for one block that is the whole tensor."""
+        if len(dims) == len(stack):
+            return ()
+        return tuple(1 if d in dims or d - len(stack) in dims else n for d, n in enumerate(stack))
+
+
+@dataclass(frozen=True)
+class LevelGrid(Grid):
+    """Grids that go by way of t and level: x_hat = level * scale."""
+
     def scaled(self, view: Tensor, p: Parameters) -> Tensor:
         """t, a new tensor."""
         return view * p.encode if self.inverse else view / p.encode
 
+    @abstractmethod
     def round_(self, t: Tensor, p: Parameters, *, fits: bool = False, mask: bool = False) -> Tensor | None:
-        """Levels in place of t. `fits`: nothing lies outside the range by more than rounding. `mask`: return where t was inside, as
-        1.0 and 0.0: kept float, a comparison is five times faster than one to bool."""
-        raise NotImplementedError
+        """Levels in place of t. `fits`: as in `apply`. `mask`: return where t was inside, as 1.0 and 0.0: kept float, a comparison
+        is five times faster than one to bool."""
 
+    @abstractmethod
     def encode(self, t: Tensor, p: Parameters) -> Tensor:
         """Codes of t in the storage dtype."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, codes: Tensor, p: Parameters) -> Tensor:
         """Levels of codes, float32."""
-        raise NotImplementedError
 
     def apply(
         self, view: Tensor, p: Parameters, *, fits: bool = False, mask: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """Fake-quantized view (float32) and, if asked for and known, 1.0 where it was inside the range."""
         t = self.scaled(view, p)
         inside = self.round_(t, p, fits=fits, mask=mask)
         return t.mul_(p.scale), inside
@@ -85,13 +128,29 @@ class Grid:
         return self.decode(codes, p) * p.scale
 
 
+@dataclass(frozen=True)
+class RangeGrid(LevelGrid):
+    """Grids whose parameters follow from the smallest and largest element of each block."""
+
+    def statistics(self, view: Tensor, dims: Dims = (-1,)) -> Statistics:
+        """What `parameters` needs to know of each block: its smallest and largest element."""
+        return view.amin(dims, keepdim=True).float(), view.amax(dims, keepdim=True).float()
+
+    @abstractmethod
+    def parameters(self, *statistics: Tensor) -> Parameters:
+        """Parameters from the smallest and the largest element of each block."""
+
+    def solve(self, view: Tensor, dims: Dims = (-1,)) -> Parameters:
+        return self.parameters(*self.statistics(view, dims))
+
+
 def bound(low: Tensor, high: Tensor) -> Tensor:
     """max |x| of a range."""
     return torch.maximum(low.abs(), high.abs())
 
 
 @dataclass(frozen=True)
-class IntGrid(Grid):
+class IntGrid(RangeGrid):
     """Integers with a zero point.   level = clamp(round(t), lo - z, hi - z);  code = level + z.
 
     rule    scale (m = max |x|)                 zero point                   t
@@ -105,11 +164,11 @@ class IntGrid(Grid):
     rule: str = ""
 
     @property
-    def clips(self) -> bool:  # type: ignore[override]
+    def clips(self) -> bool:
         return (self.rule == "torchao" and self.symmetric) or self.scale_type.name != "float32"
 
     @property
-    def inverse(self) -> bool:  # type: ignore[override]
+    def inverse(self) -> bool:
         return self.rule == "torchao"
 
     @property
@@ -161,7 +220,7 @@ class IntGrid(Grid):
 
 
 @dataclass(frozen=True)
-class ScaledGrid(Grid):
+class ScaledGrid(RangeGrid):
     """Minifloats and codebooks, symmetric about 0, with one scale per block by the scale type.
 
     Floats divide by the scale; two-level scales and codebooks multiply by a reciprocal, as their references do."""
@@ -170,15 +229,19 @@ class ScaledGrid(Grid):
     scale_type: ScaleType = FLOAT32
 
     @property
-    def local(self) -> bool:  # type: ignore[override]
+    def local(self) -> bool:
         return self.scale_type.local
 
     @property
-    def inverse(self) -> bool:  # type: ignore[override]
+    def fields(self) -> tuple[str, ...]:
+        return ("scale", "encode")
+
+    @property
+    def inverse(self) -> bool:
         return isinstance(self.format, Codebook) or self.scale_type.name == "e4m3"
 
     @property
-    def clips(self) -> bool:  # type: ignore[override]
+    def clips(self) -> bool:
         """e8m0 by floor leaves up to 2 * 2^emax; by even only where the largest mantissa is kept for NaN (E4M3FN)."""
         if isinstance(self.format, Codebook):
             return self.scale_type.name in ("float16", "bfloat16")
@@ -216,7 +279,7 @@ class ScaledGrid(Grid):
 
 
 @dataclass(frozen=True)
-class MeanGrid(Grid):
+class MeanGrid(LevelGrid):
     """Ternary and binary weights with the mean magnitude as scale.
 
     ternary  level = clamp(round(x / max(gamma, 1e-5)), -1, 1),  x_hat = level * gamma   (BitNet b1.58, Ma et al. 2024)
@@ -225,14 +288,17 @@ class MeanGrid(Grid):
 
     format: IntFormat | Codebook = BINARY
 
-    straight = True
+    @property
+    def straight(self) -> bool:
+        return True
 
-    def statistics(self, view: Tensor, dims: Dims = (-1,)) -> Statistics:
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return ("scale", "encode")
+
+    def solve(self, view: Tensor, dims: Dims = (-1,)) -> Parameters:
         magnitude = view.abs()
-        return (magnitude.mean().float() if len(dims) == view.ndim else magnitude.mean(dims, keepdim=True).float(),)
-
-    def parameters(self, *statistics: Tensor) -> Parameters:
-        gamma = statistics[-1]
+        gamma = (magnitude.mean() if len(dims) == view.ndim else magnitude.mean(dims, keepdim=True)).float()
         return Parameters(gamma, torch.zeros_like(gamma), gamma.clamp(min=1e-5))
 
     def round_(self, t: Tensor, p: Parameters, *, fits: bool = False, mask: bool = False) -> Tensor | None:
@@ -250,30 +316,3 @@ class MeanGrid(Grid):
 
     def decode(self, codes: Tensor, p: Parameters) -> Tensor:
         return codes.float() if isinstance(self.format, IntFormat) else self.format.decode(codes)
-
-
-@dataclass(frozen=True)
-class GgufGrid(Grid):
-    """A GGUF block type; its own module has the equations."""
-
-    name: str = "q8_0"
-
-    clips = True
-    whole = True
-
-    def solve(self, view: Tensor, dims: Dims = (-1,)) -> Parameters:
-        return gguf.grid(self.name).solve(view.float())  # type: ignore[return-value]  # theirs has one field more
-
-    def apply(
-        self, view: Tensor, p: Parameters, *, fits: bool = False, mask: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        grid = gguf.grid(self.name)
-        out = grid.fake(view, p)
-        inside = grid.inside(view, p) if mask else None  # type: ignore[arg-type]
-        return out, None if inside is None else inside.float()
-
-    def codes(self, view: Tensor, p: Parameters) -> Tensor:
-        return gguf.grid(self.name).codes(view.float(), p)  # type: ignore[arg-type]
-
-    def values(self, codes: Tensor, p: Parameters) -> Tensor:
-        return gguf.grid(self.name).values(codes.float(), p)  # type: ignore[arg-type]

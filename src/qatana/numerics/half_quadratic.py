@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from qatana.numerics.formats import IntFormat
-from qatana.numerics.grid import Dims, Grid
+from qatana.numerics.grid import Dims, LevelGrid
+from qatana.numerics.pieces import pieces
 from qatana.numerics.scales import Parameters
 
 ITERATIONS = 20
@@ -25,19 +26,30 @@ UINT4 = IntFormat(4, signed=False)
 
 
 @dataclass(frozen=True)
-class HqqGrid(Grid):
+class HqqGrid(LevelGrid):
     """code = clamp(round(x * s + z), 0, hi);  x_hat = (code - z) * (1 / s).   Parameters: scale 1/s, offset z, encode s."""
 
     format: IntFormat = UINT4
 
-    local = False
-    whole = True
-    clips = True
-    inverse = True
+    @property
+    def local(self) -> bool:
+        return False
+
+    @property
+    def whole(self) -> bool:
+        return True
+
+    @property
+    def clips(self) -> bool:
+        return True
+
+    @property
+    def inverse(self) -> bool:
+        return True
 
     def solve(self, view: Tensor, dims: Dims = (-1,)) -> Parameters:
-        view, hi = view.float(), self.format.hi
-        low, high = view.amin(dims, keepdim=True), view.amax(dims, keepdim=True)
+        hi = self.format.hi
+        low, high = view.amin(dims, keepdim=True).float(), view.amax(dims, keepdim=True).float()
         width = high - low
         s = width.reciprocal() * hi  # two roundings, as the reference's number / tensor
         s = torch.where(width.abs() <= 1e-4, torch.ones_like(s), s).clamp(max=2e4)
@@ -45,17 +57,24 @@ class HqqGrid(Grid):
         return Parameters(s.reciprocal(), z, s)
 
     def _zero(self, x: Tensor, s: Tensor, z: Tensor, dims: Dims) -> Tensor:
+        """The zero point. In pieces that stay in the cache; the errors are kept whole, since the reference takes one mean of them."""
         best = torch.tensor(torch.inf, device=x.device)
+        errors = torch.empty(x.shape, device=x.device)
+        cuts = [slice(None)] if dims[0] == 0 else list(pieces(x))
         for _ in range(ITERATIONS):
-            code = torch.round(x * s + z).clamp_(0, self.format.hi)
-            r = (code - z) / s
-            v = x - r
-            z = torch.mean(code - (x - shrink(v)) * s, dim=dims, keepdim=True)
-            error = v.abs_().mean()
+            z = torch.cat([self._step(x[cut].float(), s[cut], z[cut], errors[cut], dims) for cut in cuts])
+            error = errors.mean()
             if not bool(error < best):
                 break
             best = error
         return z
+
+    def _step(self, x: Tensor, s: Tensor, z: Tensor, errors: Tensor, dims: Dims) -> Tensor:
+        """The next zero point of a piece; its |x - r| go to `errors`."""
+        code = (x * s).add_(z).round_().clamp_(0, self.format.hi)
+        v = x - (code - z).div_(s)
+        torch.abs(v, out=errors)
+        return torch.mean(code.sub_(torch.sub(x, shrink(v)).mul_(s)), dim=dims, keepdim=True)
 
     def scaled(self, view: Tensor, p: Parameters) -> Tensor:
         return (view * p.encode).add_(p.offset)
@@ -78,5 +97,5 @@ class HqqGrid(Grid):
 def shrink(v: Tensor) -> Tensor:
     """The proximal step of |v|^p: sign(v) * max(0, |v| - |v|^(p-1) / beta)."""
     size = v.abs()
-    size.sub_((1.0 / BETA) * size.pow(POWER - 1)).clamp_min_(0.0)
+    size.sub_(size.pow(POWER - 1).mul_(1.0 / BETA)).clamp_min_(0.0)
     return size.mul_(torch.sign(v))

@@ -19,10 +19,10 @@ def pack(codes: Tensor, format: IntFormat) -> Tensor:
     Raises: SchemeError if a code lies outside the format."""
     if codes.numel() and (int(codes.min()) < format.lo or int(codes.max()) > format.hi):
         raise SchemeError(f"codes {int(codes.min())}..{int(codes.max())} do not fit {format}")
-    raw = codes.detach().cpu().numpy().astype(np.int16) & (2**format.bits - 1)
-    if format.bits == 8:
-        return torch.from_numpy(raw.astype(np.uint8))
-    bits = np.unpackbits(raw.astype(np.uint8)[..., None], axis=-1, bitorder="little")[..., : format.bits]
+    raw = (codes.detach().to(torch.int16) & (2**format.bits - 1)).to(torch.uint8)
+    if 8 % format.bits == 0:
+        return _whole(raw, format.bits)
+    bits = np.unpackbits(raw.cpu().numpy()[..., None], axis=-1, bitorder="little")[..., : format.bits]
     stream = bits.reshape(*raw.shape[:-1], raw.shape[-1] * format.bits)
     return torch.from_numpy(np.packbits(stream, axis=-1, bitorder="little"))
 
@@ -31,6 +31,12 @@ def unpack(packed: Tensor, n: int, format: IntFormat) -> Tensor:
     """Bytes (*lead, ceil(n * bits / 8)) back to codes (*lead, n) in the format's storage dtype."""
     if packed.shape[-1] != -(-n * format.bits // 8):
         raise SchemeError(f"{packed.shape[-1]} bytes a row cannot hold {n} codes of {format.bits} bits")
+    if 8 % format.bits == 0:
+        codes = (packed.unsqueeze(-1) >> _shifts(format.bits, packed.device)).flatten(-2)[..., :n]
+        if not format.signed:
+            return codes & (2**format.bits - 1)
+        unused = 8 - format.bits  # the sign comes down with the arithmetic shift
+        return (codes << unused).view(torch.int8) >> unused
     stream = np.unpackbits(packed.cpu().numpy(), axis=-1, bitorder="little")[..., : n * format.bits]
     bits = stream.reshape(*packed.shape[:-1], n, format.bits)
     weights = 1 << np.arange(format.bits, dtype=np.int16)
@@ -38,3 +44,17 @@ def unpack(packed: Tensor, n: int, format: IntFormat) -> Tensor:
         weights[-1] = -weights[-1]
     codes = (bits.astype(np.int16) * weights).sum(-1, dtype=np.int16)
     return torch.from_numpy(codes).to(format.dtype)
+
+
+def _whole(raw: Tensor, bits: int) -> Tensor:
+    """uint8 codes whose width divides a byte (1, 2, 4, 8), to bytes: no code crosses the end of one."""
+    per_byte = 8 // bits
+    raw = torch.nn.functional.pad(raw, (0, -raw.shape[-1] % per_byte)).unflatten(-1, (-1, per_byte))
+    out = raw[..., 0].clone()
+    for i in range(1, per_byte):
+        out |= raw[..., i] << (bits * i)
+    return out
+
+
+def _shifts(bits: int, device: torch.device) -> Tensor:
+    return torch.arange(0, 8, bits, dtype=torch.uint8, device=device)

@@ -17,5 +17,5 @@ def scale_and_zero_point(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Ten
                 zero_point = clamp(round(lo - low / scale), lo, hi)
     Other formats: `Grid.parameters`, with zero point 0.
     All float32. Shapes: low, high, scale, zero_point are equal. Reference: ONNX DynamicQuantizeLinear; Jacob et al. 2018."""
-    p = scheme.grid.parameters(low.float(), high.float())
+    p = scheme.ranged.parameters(low.float(), high.float())
     return p.scale, p.offset

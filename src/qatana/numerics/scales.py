@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qatana.errors import SchemeError, nearest
 from qatana.numerics.formats import DYNAMIC8, DYNAMIC8_CPU, Codebook, FloatFormat
+from qatana.numerics.gguf.blocks import stored_half
 
 SMALLEST_SCALE = 2.0**-100
 """Scale of an all-zero tensor: far below any real one, a normal float32 together with its products."""
@@ -75,13 +76,15 @@ class ScaleType:
         return {"float32": 32, "float16": 16, "bfloat16": 16, "e8m0": 8, "e4m3": 8, "double": 8 + 32 / 256}[self.name]
 
     def store(self, scale: Tensor) -> Tensor:
-        """A positive float32 scale as the type holds it, never 0. Raises: SchemeError for the two-level types."""
+        """A positive float32 scale as the type holds it, never 0. Raises: SchemeError for the two-level types.
+
+        By arithmetic on its bits: compilers drop a cast to a narrow type and back."""
         if self.name == "float32":
             return torch.where(scale > SMALLEST_SCALE, scale, torch.full_like(scale, SMALLEST_SCALE))
         if self.name == "float16":
-            return scale.clamp(2.0**-24, 65504.0).half().float()
+            return stored_half(scale.clamp(2.0**-24, 65504.0))
         if self.name == "bfloat16":
-            return scale.clamp(SMALLEST_SCALE, 2.0**126).bfloat16().float()
+            return _upper_half(scale.clamp(SMALLEST_SCALE, 2.0**126))
         if self.name == "e8m0":
             return _power_of_two(_exponent(scale, up=self.rule in ("ceil", "rceil")))
         raise SchemeError(f"scale type {self.name} has two levels: its scales follow from the whole tensor")
@@ -116,6 +119,12 @@ class ScaleType:
         e = _exponent(largest, up=self.rule == "ceil") - format.largest_exponent
         scale = _power_of_two(e)
         return Parameters(scale, zero, scale.clamp(min=2.0**-126))
+
+
+def _upper_half(x: Tensor) -> Tensor:
+    """x > 0 rounded to bfloat16, to nearest even: adding just below half a place, and one more where it is odd, carries into it."""
+    raw = x.contiguous().view(torch.int32)
+    return ((raw + (0x7FFF + ((raw >> 16) & 1))) & -0x10000).view(torch.float32)
 
 
 def _exponent(x: Tensor, up: bool) -> Tensor:

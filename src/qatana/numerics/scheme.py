@@ -10,8 +10,9 @@ import torch
 
 from qatana.errors import SchemeError, nearest
 from qatana.numerics.formats import Codebook, FloatFormat, Format, GgufFormat, IntFormat, parse_format
+from qatana.numerics.gguf_grid import GgufGrid
 from qatana.numerics.granularity import Granularity
-from qatana.numerics.grid import GgufGrid, Grid, IntGrid, MeanGrid, ScaledGrid
+from qatana.numerics.grid import Grid, IntGrid, MeanGrid, RangeGrid, ScaledGrid
 from qatana.numerics.half_quadratic import HqqGrid
 from qatana.numerics.scales import ScaleType
 from qatana.numerics.scheme_checks import refuse_impossible
@@ -29,14 +30,16 @@ class Scheme:
     """How one tensor is quantized.
 
     symmetric   zero_point is fixed: 0 for signed formats, 2^(b-1) for unsigned ones
-    scale       "static" (calibrated), "dynamic" (from the tensor itself at each call), "learned" (LSQ; starts calibrated)
+    scale       "static" (calibrated; where more than a scale is needed: held), "dynamic" (from the tensor itself at each call),
+                "learned" (LSQ; starts calibrated)
     range       the estimator that calibration uses: minmax, moving_average, percentile, mse, entropy
     fixed       (scale, zero_point) known beforehand, e.g. a softmax output: (1/255, 0); no calibration
     scale_type  in which numbers the scales are stored: float32, float16, bfloat16, e8m0, e4m3 (two levels), double
     rule        "" the format's own equation; integers also: "torchao" (its rounding of scale and quotient), "absmean" (ternary with
                 the mean magnitude, BitNet), "hqq" (a float zero point by half-quadratic search)
-    text        what `str` gives and `parse` reads;  takes_scale: whether a scale can be given (static, learned), else it follows
-                from the tensor at each call;  grid: the equations
+    text        what `str` gives and `parse` reads;  grid: the equations
+    takes_scale whether its parameters are a scale and a zero point, which can be given (static, learned)
+    holds       they are more than that (two levels, minima, a search) and static: solved once by `hold`, then kept
 
     Raises: SchemeError for combinations that cannot exist."""
 
@@ -50,6 +53,7 @@ class Scheme:
     rule: str = ""
     text: str = field(init=False, repr=False, compare=False, default="")
     takes_scale: bool = field(init=False, repr=False, compare=False, default=True)
+    holds: bool = field(init=False, repr=False, compare=False, default=False)
     grid: Grid = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -60,6 +64,7 @@ class Scheme:
         # Plain attributes, so that torch.compile reads constants where it would have to trace their making.
         mean = self.rule in ("absmean", "hqq") or str(self.format) == "binary"
         object.__setattr__(self, "takes_scale", not self.is_gguf and self.scale_type.local and not mean)
+        object.__setattr__(self, "holds", not self.takes_scale and self.scale == "static" and self.fixed is None)
         refuse_impossible(self)
         object.__setattr__(self, "text", self._written())
         object.__setattr__(self, "grid", _grid(self))
@@ -78,6 +83,16 @@ class Scheme:
                 f"{self} has no integer codes with a zero point; an integer product needs a scheme like 'int8'"
             )
         return self.format
+
+    @property
+    def ranged(self) -> RangeGrid:
+        """The grid, one whose parameters follow from a range. Raises: SchemeError for those whose parameters are more than a scale."""
+        if not isinstance(self.grid, RangeGrid) or not self.takes_scale:
+            raise SchemeError(
+                f"{self}: its parameters follow from the tensor's own values and cannot be given as a scale; "
+                f"set scale='static' and hold them, or scale='dynamic'"
+            )
+        return self.grid
 
     @property
     def is_gguf(self) -> bool:
@@ -130,7 +145,7 @@ class Scheme:
             parts.append(f"fixed={self.fixed[0]!r},{self.fixed[1]}")
         if not self.fixed or self.scale != "static":
             parts.append(self.scale)
-        if self.range != "minmax" or not (self.fixed or self.scale == "dynamic"):
+        if self.range != "minmax" or not (self.fixed or self.holds or self.scale == "dynamic"):
             parts.append(self.range)
         parts += [str(self.scale_type)] * (self.scale_type != ScaleType())
         return " ".join(parts + [f"rule={self.rule}"] * bool(self.rule))

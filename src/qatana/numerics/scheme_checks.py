@@ -32,6 +32,8 @@ class Scheme(Protocol):
 
 
 RULES = ("torchao", "absmean", "hqq")
+SEARCHES = {"hqq": 60, "gguf:q4_k": 70, "gguf:q5_k": 60, "gguf:q6_k": 35}
+"""Formats whose parameters are searched for, and about how many times as long as a copy of the tensor that takes."""
 
 
 def refuse_impossible(scheme: Scheme) -> None:
@@ -84,14 +86,19 @@ def _scale_types(scheme: Scheme) -> None:
 
 
 def _given_scales(scheme: Scheme) -> None:
-    """Static and learned scales need a scale that is a number of its own."""
+    """A learned scale needs to be a number of its own; what is searched for is not searched for at each call."""
+    copies = SEARCHES.get(scheme.rule or str(scheme.format))
+    if scheme.scale == "dynamic" and copies:
+        raise SchemeError(
+            f"the parameters of {scheme.rule or scheme.format} are found by a search that costs about {copies} copies of the "
+            f"tensor: too much for each step; hold them: scale='static'"
+        )
     if scheme.scale == "dynamic":
         return
-    if not scheme.takes_scale:
-        what = "learned" if scheme.scale == "learned" else "calibrated once"
+    if scheme.scale == "learned" and not scheme.takes_scale:
         raise SchemeError(
             f"the scales of {scheme.format} with {scheme.rule or scheme.scale_type} follow from the tensor's own values and "
-            f"cannot be {what}: set scale='dynamic'"
+            f"cannot be learned: set scale='static' (solved once, then held)" + " or scale='dynamic'" * (not copies)
         )
     if scheme.granularity.kind == "flat" and scheme.granularity.size == 0:
         raise SchemeError("flat blocks need a size: write 'flat64'")
@@ -144,5 +151,7 @@ def _fixed(scheme: Scheme) -> None:
     format = scheme.format
     if not isinstance(format, IntFormat):
         raise SchemeError(f"fixed parameters are for integer formats (a softmax output), not for {format}")
+    if not scheme.takes_scale:
+        raise SchemeError(f"fixed parameters are a scale and a zero point, which rule '{scheme.rule}' does not take")
     if not (scheme.fixed[0] > 0 and format.lo <= scheme.fixed[1] <= format.hi):
         raise SchemeError(f"fixed parameters {scheme.fixed} need scale > 0 and a zero point within {format}")

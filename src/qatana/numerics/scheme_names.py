@@ -9,6 +9,7 @@ from qatana.numerics.formats import GgufFormat, parse_format
 from qatana.numerics.granularity import Granularity
 from qatana.numerics.scales import ScaleType
 from qatana.numerics.scheme import RangeName, ScaleMode, Scheme
+from qatana.numerics.scheme_checks import SEARCHES
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,10 @@ NAMES = {
     "dynamic8": _Name(("dynamic8",), "flat256"),
     "bitnet": _Name(("int2n",), "tensor", rule="absmean"),
     "binary": _Name(("binary",), "channel"),
-    "hqq8": _Name(("uint8",), "group64", rule="hqq"),
-    "hqq4": _Name(("uint4",), "group64", rule="hqq"),
-    "hqq3": _Name(("uint3",), "group64", rule="hqq"),
-    "hqq2": _Name(("uint2",), "group64", rule="hqq"),
+    "hqq8": _Name(("uint8",), "group64", rule="hqq", scale="static"),
+    "hqq4": _Name(("uint4",), "group64", rule="hqq", scale="static"),
+    "hqq3": _Name(("uint3",), "group64", rule="hqq", scale="static"),
+    "hqq2": _Name(("uint2",), "group64", rule="hqq", scale="static"),
 }
 
 
@@ -87,7 +88,7 @@ def _parts(name: str) -> _Name:
     if base == "gguf":
         format = parse_format(name)
         assert isinstance(format, GgufFormat)
-        return _Name((name,), f"group{format.block}")
+        return _Name((name,), f"group{format.block}", scale="static" if str(format) in SEARCHES else "dynamic")
     if base not in NAMES:
         return _Name((name,), "tensor", scale="static")
     known = NAMES[base]

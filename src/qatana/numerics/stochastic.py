@@ -65,19 +65,29 @@ def _step(t: Tensor, format: FloatFormat) -> Tensor:
     return ((exponent + 127) << 23).view(torch.float32)
 
 
+@torch.library.custom_op("qatana::stochastic", mutates_args=())
+def _stochastic(x: Tensor, scheme: str) -> Tensor:
+    return stochastic(x, Scheme.parse(scheme))
+
+
+@_stochastic.register_fake
+def _(x: Tensor, scheme: str) -> Tensor:
+    return torch.empty_like(x)
+
+
 class _QuantizeGradient(torch.autograd.Function):
-    """Identity whose gradient is rounded."""
+    """Identity whose gradient is rounded; the rounding is one opaque call, the same in eager and in compiled graphs."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, scheme: Scheme) -> Tensor:
+    def forward(ctx, y: Tensor, scheme: str) -> Tensor:
         ctx.scheme = scheme
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
-        return stochastic(grad, ctx.scheme), None
+        return torch.ops.qatana.stochastic(grad, ctx.scheme), None
 
 
 def quantize_gradient(y: Tensor, scheme: Scheme) -> Tensor:
     """y itself; the gradient that comes back through it is rounded stochastically by `scheme`. Draws from torch's generator."""
-    return _QuantizeGradient.apply(y, scheme)  # type: ignore[return-value]
+    return _QuantizeGradient.apply(y, scheme.text)  # type: ignore[return-value]

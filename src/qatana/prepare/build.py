@@ -9,6 +9,8 @@ from torch import nn
 
 from qatana.errors import ModelError, SchemeError
 from qatana.numerics import Scheme
+from qatana.numerics.dynamic import at_run_time
+from qatana.numerics.stochastic import check_gradient_scheme
 from qatana.quantizer import Quantizer
 from qatana.recipe import Plan, Recipe, Row
 
@@ -35,8 +37,18 @@ class RowWriter:
         scheme, rule, reason = self.recipe.scheme_for(module, type_name, kind, role)
         return self._append(module, kind, type_name, role, scheme, rule, reason, shape, shares)
 
+    def gradient(self, module: str, kind: str, type_name: str) -> None:
+        """A row for the gradient of a layer's output, if a rule rounds it."""
+        scheme, rule, reason = self.recipe.scheme_for(module, type_name, kind, "gradient")
+        if scheme is not None:
+            check_gradient_scheme(scheme)
+            self.rows.append(Row(f"{module}.gradient", module, kind, type_name, "gradient", scheme, rule, reason))
+
     def complete(self, module: str, kind: str) -> bool:
-        """An integer operator needs all of its tensors: if one stays float, so does the layer, and its rows say why."""
+        """An integer operator needs all of its tensors: if one stays float, so does the layer, and its rows say why. A free target
+        quantizes each tensor on its own."""
+        if self.recipe.resolved.free:
+            return True
         rows = {row.role: (i, row) for i, row in enumerate(self.rows) if row.module == module}
         missing = [role for role in REQUIRED.get(kind, ()) if role in rows and rows[role][1].scheme is None]
         if not missing:
@@ -62,41 +74,44 @@ class RowWriter:
         if shape is not None:
             elements = _product(shape)
             if scheme is not None:
-                _check_weight(scheme, kind, name, rule)
+                _check_weight(scheme, kind, name, rule, self.recipe.resolved.free)
                 scheme.check(shape, name)
                 scales = _product(scheme.granularity.scale_shape(shape))
         elif scheme is not None:
-            _check_activation(scheme, name, rule)
+            _check_activation(scheme, name, rule, self.recipe.resolved.free)
             if (kind, role) in self.recipe.resolved.zero_point_0 and not (scheme.symmetric and scheme.zero_point == 0):
                 raise SchemeError(
                     f"{name}: {self.recipe.target} multiplies two activations on integers only where their zero point is 0, "
                     f"not by '{scheme}': use a signed format and symmetric=True ({rule})"
                 )
         shares = shares if scheme is not None else ""
-        self.rows.append(Row(name, module, kind, type_name, role, scheme, rule, reason, shares, elements, scales))
+        free = self.recipe.resolved.free
+        self.rows.append(Row(name, module, kind, type_name, role, scheme, rule, reason, shares, elements, scales, free))
         return (shares or name) if scheme is not None else ""
 
 
-def _check_weight(scheme: Scheme, kind: str, name: str, rule: str) -> None:
+def _check_weight(scheme: Scheme, kind: str, name: str, rule: str, free: bool) -> None:
     if scheme.granularity.kind == "token":
         raise SchemeError(
             f"{name}: a weight has no tokens, '{scheme}' belongs to activations: use granularity 'channel' or 'group32' ({rule})"
         )
-    if kind == "embedding" and scheme.granularity.kind not in ("channel", "group"):
+    if not free and kind == "embedding" and scheme.granularity.kind not in ("channel", "group"):
         raise SchemeError(
             f"{name}: a table has scales per row ('channel') or per group, not '{scheme.granularity}' ({rule})"
         )
 
 
-def _check_activation(scheme: Scheme, name: str, rule: str) -> None:
-    """Activations are per tensor, or quantized at run time in the two ways that kernels know."""
+def _check_activation(scheme: Scheme, name: str, rule: str, free: bool) -> None:
+    """Activations are per tensor, or quantized at run time: in the two ways that kernels know, on a free target in any way."""
     granularity, dynamic = scheme.granularity.kind, scheme.scale == "dynamic"
-    if not dynamic and granularity != "tensor":
-        raise SchemeError(f"{name}: static activations have one scale per tensor, not per {granularity} ({rule})")
-    if dynamic and (granularity, str(scheme.format)) not in (("tensor", "uint8"), ("group", "int8n")):
+    if not dynamic and (granularity != "tensor" or not scheme.takes_scale):
         raise SchemeError(
-            f"{name}: activations quantized at run time are uint8 per tensor or int8n per group, "
-            f"not {scheme.format} per {granularity} ({rule})"
+            f"{name}: static activations have one calibrated scale per tensor, not '{scheme}'; use scale='dynamic' ({rule})"
+        )
+    if dynamic and not free and not at_run_time(scheme):
+        raise SchemeError(
+            f"{name}: activations quantized at run time are uint8 per tensor (symmetric=False) or int8n per group, "
+            f"not {scheme.format} per {granularity} ({rule}); the target 'torch' takes any"
         )
 
 
@@ -133,6 +148,9 @@ class Builder:
         A quantizer is a submodule of the first layer that has it; layers that share it refer to it by a plain attribute. So a state_dict
         names each tensor once, and whatever saves one (save_pretrained, safetensors) takes it."""
         for role, row in self.plan.of_module(module).items():
+            if role == "gradient":
+                layer.gradient = row.scheme  # type: ignore[assignment]
+                continue
             shape = tuple(weight.shape) if role == "weight" and weight is not None else None
             quantizer, slot = self.quantizer(row, shape), f"{role}_quantizer"
             if quantizer is None or quantizer.name not in self.owned:

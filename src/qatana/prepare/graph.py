@@ -160,6 +160,8 @@ def _site_rows(site: Site, modules: Mapping[str, Any], writer: RowWriter, serves
     if site.kind in ("conv", "linear", "embedding"):
         assert layer is not None
         used = bool(writer.add(site.name, site.kind, type_name, "weight", tuple(layer.weight.shape)))
+        if site.kind != "embedding":
+            writer.gradient(site.name, site.kind, type_name)
     if site.kind == "embedding":
         return
     for role, source in zip(("input", "other"), site.inputs, strict=False):

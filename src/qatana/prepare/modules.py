@@ -82,6 +82,8 @@ def plan_modules(model: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs
                     _linear_output(name, flow, serves, writer)
             else:
                 writer.add(name, kind, type(module).__name__, role, shape)
+        if kind == "linear":
+            writer.gradient(name, kind, type(module).__name__)
     plan = Plan(recipe, "modules", writer.rows, (args, kwargs), parameter_bytes(model))
     weights = {id(model.get_submodule(r.module).weight): r.elements for r in plan.rows if r.role == "weight"}
     plan.rest_bytes = plan.float_bytes - 4 * sum(weights.values())
@@ -89,12 +91,13 @@ def plan_modules(model: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs
 
 
 def _attention_rows(flow: Flow, writer: RowWriter) -> dict[int, str]:
-    """Rows of the attention products; returns which quantizer serves the tensor of a storage (q, k, v and the context)."""
+    """Rows of the attention products; returns which quantizer serves the tensor of a storage (q, k, v and the context). On a free
+    target each tensor has its own: keys and values are quantized as a cache holds them, behind the rotary embedding."""
     serves: dict[int, str] = {}
     for name, (query, key, value, context) in flow.attention.items():
         keys = dict(zip(ATTENTION, (query, key, value, None, context), strict=True))
         used = {role: writer.add(f"{name}.{SLOT}", "attention", "AttentionProducts", role) for role in keys}
-        if writer.complete(f"{name}.{SLOT}", "attention"):
+        if writer.complete(f"{name}.{SLOT}", "attention") and not writer.recipe.resolved.free:
             serves |= {storage: used[role] for role, storage in keys.items() if storage is not None}
     return serves
 

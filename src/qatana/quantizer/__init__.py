@@ -2,5 +2,14 @@
 
 from qatana.quantizer.quantizer import Quantizer, quantizers
 from qatana.quantizer.ranges import Range, tensor_range, weight_parameters
+from qatana.quantizer.ranks import merge_ranks, total_over_ranks
 
-__all__ = ["Quantizer", "Range", "quantizers", "tensor_range", "weight_parameters"]
+__all__ = [
+    "Quantizer",
+    "Range",
+    "merge_ranks",
+    "quantizers",
+    "tensor_range",
+    "total_over_ranks",
+    "weight_parameters",
+]

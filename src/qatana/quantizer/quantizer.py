@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qatana.errors import ModelError
-from qatana.numerics import Affine, IntFormat, Scheme, engine, fake_quantize_by, levels, scale_gradient
-from qatana.numerics.dynamic import dynamic_blocks, dynamic_tensor
+from qatana.numerics import Affine, IntFormat, Parameters, Scheme, engine, fake_quantize_by, levels, scale_gradient
+from qatana.numerics.dynamic import at_run_time, dynamic_blocks, dynamic_tensor
+from qatana.numerics.held import fake_quantize_held, held_shapes, hold
 from qatana.numerics.parameters import SMALLEST_SCALE
 from qatana.quantizer.ranges import Range, weight_parameters
 
@@ -23,7 +25,8 @@ class Quantizer(nn.Module):
 
     scheme  how; `shape` is the weight's shape (activations: None, their static scale is per tensor)
     name    full name in the model ("encoder.layer.0.attention.self.query.input"): what `plan`, `verify` and errors say
-    State: scale float32 (a parameter if learned), zero_point float32 integers, calibrated bool, range.*.
+    State: scale float32 (a parameter if learned), zero_point float32 integers, calibrated bool, range.*; held.* of schemes whose parameters
+    are more than a scale, solved for at calibration and kept.
     `enabled` quantizes, `observing` takes part in calibration; both are switches of the training schedule, not state.
     `lifted`: an asymmetric zero point stays above the lowest code, as some engines' formulas want (Target.lifted).
     `tap`, if set, is called with (name, codes) for each tensor quantized: verification listens there."""
@@ -41,7 +44,7 @@ class Quantizer(nn.Module):
         if shape is not None:
             scheme.check(shape, name)
         dynamic_activation = scheme.scale == "dynamic" and not self.is_weight
-        scale_shape = () if shape is None else scheme.granularity.scale_shape(shape)
+        scale_shape = () if shape is None or scheme.holds else scheme.granularity.scale_shape(shape)
         self.enabled, self.observing = False, False
         self.lifted = False
         self.tap: Callable[[str, Tensor], None] | None = None
@@ -55,6 +58,7 @@ class Quantizer(nn.Module):
         self.register_buffer("calibrated", torch.tensor(scheme.fixed is not None or dynamic_activation))
         self.needs_range = not self.is_weight and scheme.scale != "dynamic" and scheme.fixed is None
         self.range = Range(scheme, scale_shape) if self.needs_range else None
+        self.held = None if shape is None or not scheme.holds else Held(scheme, shape)
 
     @property
     def learned(self) -> bool:
@@ -62,8 +66,11 @@ class Quantizer(nn.Module):
 
     @property
     def has_levels(self) -> bool:
-        """Whether it hands out integer levels. Else it is x_hat as a whole: floats, codebooks, small scales, scales per token."""
-        return self.scheme.is_integer and (self.is_weight or self.scheme.granularity.kind != "token")
+        """Whether it hands out integer levels, as integer products need them. Else it is x_hat as a whole: floats, codebooks, small
+        scales, activations in ways that no kernel quantizes at run time."""
+        if self.is_weight or self.scheme.scale != "dynamic":
+            return self.scheme.is_integer
+        return at_run_time(self.scheme)
 
     def extra_repr(self) -> str:
         return f"{self.scheme}"
@@ -80,6 +87,9 @@ class Quantizer(nn.Module):
 
         Raises: ModelError if nothing was observed."""
         if not self.scheme.takes_scale:
+            if self.held is not None:
+                assert weight is not None
+                self.held.solve(weight)
             self.calibrated.fill_(True)
             return
         if self.is_weight:
@@ -99,6 +109,16 @@ class Quantizer(nn.Module):
             return
         self.scale.copy_(scale)
         self.zero_point.copy_(zero)
+        self.calibrated.fill_(True)
+
+    @torch.no_grad()
+    def take(self, parameters: Parameters) -> None:
+        """Quantize a weight by parameters that were found elsewhere, shaped for the scheme's stack."""
+        if self.held is not None:
+            self.held.take(parameters)
+        else:
+            for buffer, value in ((self.scale, parameters.scale), (self.zero_point, parameters.offset)):
+                buffer.copy_(value.reshape(buffer.shape) if value.ndim else value)
         self.calibrated.fill_(True)
 
     # -- parameters ------------------------------------------------------------------------------------------------
@@ -143,6 +163,17 @@ class Quantizer(nn.Module):
             return weight_parameters(weight, self.scheme)
         self._require_calibrated()
         return self._used_scale(weight.numel() // max(1, self.scale.numel())), self.zero_point
+
+    def given(self, weight: Tensor) -> dict[str, Any]:
+        """What `numerics.stored.store` needs to know besides the weight: its scale and zero point, or its held parameters, or nothing
+        where all follows from the weight itself."""
+        if self.held is not None:
+            self._require_calibrated()
+            return {"held": self.held.parameters_of()}
+        if not self.has_levels and self.scheme.scale == "dynamic":
+            return {}
+        scale, zero_point = self.weight_parameters(weight)
+        return {"scale": scale.detach(), "offset": zero_point.detach()}
 
     # -- quantization ----------------------------------------------------------------------------------------------
     def weight_levels(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,8 +223,36 @@ class Quantizer(nn.Module):
         if self.scheme.scale == "dynamic":
             return fake_quantize_by(x, self.scheme)
         self._require_calibrated()
+        if self.held is not None:
+            return fake_quantize_held(x, self.scheme, self.held.parameters_of())
         elements = x.numel() // max(1, self.scale.numel()) if self.is_weight else max(1, x[:1].numel())
         return fake_quantize_by(x, self.scheme, self._used_scale(elements), self.zero_point)
+
+
+class Held(nn.Module):
+    """Held parameters of a weight as buffers, one for each name."""
+
+    def __init__(self, scheme: Scheme, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.scheme, self.names = scheme, list(held_shapes(scheme, shape))
+        for name, size in held_shapes(scheme, shape).items():
+            self.register_buffer(name, torch.ones(size))
+
+    def solve(self, weight: Tensor) -> None:
+        """Take the parameters that the weight asks for now."""
+        for buffer, found in zip(self.parameters_of(), hold(weight, self.scheme), strict=True):
+            buffer.copy_(found)
+
+    def take(self, parameters: Parameters) -> None:
+        """Take the numbers of those names. What codes are computed with follows from the scales: files of other libraries lack it."""
+        if not self.scheme.is_gguf:
+            scale = parameters.scale
+            parameters = parameters._replace(encode=scale.reciprocal() if self.scheme.grid.inverse else scale)
+        for name, buffer in zip(self.names, self.parameters_of(), strict=True):
+            buffer.copy_(getattr(parameters, name))
+
+    def parameters_of(self) -> list[Tensor]:
+        return [self.get_buffer(name) for name in self.names]
 
 
 def quantizers(model: nn.Module) -> dict[str, Quantizer]:

@@ -18,7 +18,8 @@ class Row:
     role      weight, input, output, query, key, value, probability, context
     scheme    how it is quantized; None: it stays float, for `reason`
     shares    name of the row whose quantizer serves this tensor too (it is the same tensor), or ""
-    elements  number of stored elements (0 for activations)"""
+    elements  number of stored elements (0 for activations);  scales: of their scales
+    dense     stored as narrow as the format allows, whatever the layer (the free target)"""
 
     name: str
     module: str
@@ -31,12 +32,15 @@ class Row:
     shares: str = ""
     elements: int = 0
     scales: int = 0
+    dense: bool = False
 
     @property
     def packed(self) -> bool:
         """Whether a file holds several codes of this tensor in a byte: of blocks and of tables; a layer whose scales are per
         tensor or channel runs on bytes, however narrow its codes are."""
-        return self.scheme is not None and (self.scheme.granularity.kind == "group" or self.kind == "embedding")
+        return self.scheme is not None and (
+            self.dense or self.scheme.granularity.kind == "group" or self.kind == "embedding"
+        )
 
     @property
     def bytes(self) -> float:
@@ -44,10 +48,22 @@ class Row:
         if self.scheme is None:
             return 4.0 * self.elements
         bits = self.scheme.format.stored_bits if self.packed else max(8, self.scheme.format.stored_bits)
-        return self.elements * bits / 8 + 4.0 * self.scales if self.elements else 0.0
+        return self.elements * bits / 8 + self._scale_bytes * self.scales if self.elements else 0.0
+
+    @property
+    def _scale_bytes(self) -> float:
+        """Of one scale, and of its zero point where the free target stores one: as `numerics.stored` writes them."""
+        if self.scheme is None or not self.dense:
+            return 4.0
+        if self.scheme.is_gguf:  # the bits of its elements count them
+            return 0.0
+        narrow = self.scheme.scale_type.name in ("float16", "bfloat16", "e8m0")
+        zero_point = 0 if self.scheme.symmetric else 4 if self.scheme.rule == "hqq" else 2
+        return (2 if narrow else 4) + zero_point
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"scheme": str(self.scheme) if self.scheme else "float32", "bytes": round(self.bytes)}
+        kept = {k: v for k, v in asdict(self).items() if k != "dense" or v}
+        return kept | {"scheme": str(self.scheme) if self.scheme else "float32", "bytes": round(self.bytes)}
 
 
 @dataclass

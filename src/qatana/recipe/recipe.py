@@ -11,11 +11,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from qatana.errors import QatanaError, RecipeError, nearest
-from qatana.numerics import IntFormat, Scheme
+from qatana.numerics import IntFormat, Scheme, scheme
 from qatana.recipe.targets import Target, target
 from qatana.validation import make
 
-ROLES = ("weight", "input", "output", "query", "key", "value", "probability", "context")
+ROLES = ("weight", "input", "output", "query", "key", "value", "probability", "context", "gradient")
+Change = dict[str, Any] | str | None
 _SCHEME_KEYS = ("format", "granularity", "symmetric", "scale", "range", "fixed", "scale_type", "rule")
 
 
@@ -25,7 +26,8 @@ class Rule(BaseModel):
     match    glob on the module's name: "encoder.layer.*.query", "*"
     type     glob on the module's class name: "Linear", "Conv*"
     skip     leave the whole module float (reason: why, for the plan)
-    schemes  per role, changes to the target's scheme: {"weight": {"format": "int4"}}; null leaves that tensor float"""
+    schemes  per role, changes to the target's scheme: {"weight": {"format": "int4"}}, or a whole scheme by name: {"weight": "nf4+double"};
+             null leaves that tensor float"""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -33,14 +35,17 @@ class Rule(BaseModel):
     type: str = "*"
     skip: bool = False
     reason: str = ""
-    schemes: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
+    schemes: dict[str, Change] = Field(default_factory=dict)
 
     @field_validator("schemes")
     @classmethod
-    def _known(cls, value: dict[str, dict[str, Any] | None]) -> dict[str, dict[str, Any] | None]:
+    def _known(cls, value: dict[str, Change]) -> dict[str, Change]:
         for role, changes in value.items():
             if role not in ROLES:
                 raise ValueError(f"unknown role '{role}'{nearest(role, ROLES)}")
+            if isinstance(changes, str):
+                _named(changes)
+                continue
             for key in changes or {}:
                 if key not in _SCHEME_KEYS:
                     raise ValueError(f"unknown key '{key}' in a scheme{nearest(key, _SCHEME_KEYS)}")
@@ -89,8 +94,8 @@ class Recipe(BaseModel):
         ]
         return self.model_copy(update={"rules": (*self.rules, *rules)})
 
-    def rule(self, match: str = "*", type: str = "*", **schemes: dict[str, Any] | None) -> Recipe:
-        """The same recipe with one more rule: `recipe.rule("*.query", weight={"format": "int4"})`."""
+    def rule(self, match: str = "*", type: str = "*", **schemes: Change) -> Recipe:
+        """The same recipe with one more rule: `recipe.rule("*.query", weight={"format": "int4"}, input="int8/token")`."""
         return self.model_copy(
             update={"rules": (*self.rules, make(Rule, {"match": match, "type": type, "schemes": schemes}))}
         )
@@ -99,10 +104,10 @@ class Recipe(BaseModel):
     def scheme_for(self, name: str, type_name: str, kind: str, role: str) -> tuple[Scheme | None, str, str]:
         """(scheme or None, the rule that won, the reason if float) for one tensor."""
         base = self.resolved.schemes.get((kind, role))
-        if base is None:
+        if base is None and not self.resolved.free and role != "gradient":
             return None, f"target {self.target}", f"{self.target} has no integer kernel for {kind} {role}"
-        winner, scheme, reason = f"target {self.target}", base, ""
-        current: Scheme | None = scheme
+        winner, reason = f"target {self.target}", "" if base is not None else "no rule quantizes it"
+        current = base
         for rule in self.rules:
             if not rule.matches(name, type_name):
                 continue
@@ -111,11 +116,11 @@ class Recipe(BaseModel):
             elif role in rule.schemes:
                 changes = rule.schemes[role]
                 winner = rule.label()
-                current = None if changes is None else _changed(current or base, changes, winner)
+                current = None if changes is None else _changed(current or base, changes, winner, role)
                 reason = "float by rule" if changes is None else ""
-        if current is not None and self.reduce_range and _reducible(kind, role, current):
+        if current is not None and self.reduce_range and not self.resolved.free and _reducible(kind, role, current):
             changes = {"format": str(IntFormat(7, signed=True, narrow=True))}
-            current = _changed(current, changes, f"{winner}, with reduce_range")
+            current = _changed(current, changes, f"{winner}, with reduce_range", role)
         return current, winner, reason
 
     # -- files -----------------------------------------------------------------------------------------------------
@@ -155,14 +160,32 @@ class Recipe(BaseModel):
         return cls.from_dict(data)
 
 
-def recipe(target: str, *, reduce_range: bool = True) -> Recipe:
-    """The default recipe of a target: `recipe("ort:int8").skip("classifier")`."""
-    return make(Recipe, {"target": target, "reduce_range": reduce_range})
+def recipe(target: str, *, reduce_range: bool = True, **schemes: Change) -> Recipe:
+    """The default recipe of a target, `recipe("ort:int8").skip("classifier")`; with schemes per role, one rule more for every layer:
+    `recipe("torch", weight="nf4+double")`, `recipe("torch", weight="bitnet", input="int8/token")`,
+    `recipe("torch", weight="int4/group128", key="int8/token", value="int8/token")` (the last two: the KV cache)."""
+    rules = [{"schemes": schemes}] if schemes else []
+    return make(Recipe, {"target": target, "reduce_range": reduce_range, "rules": rules})
 
 
-def _changed(scheme: Scheme, changes: dict[str, Any], rule: str) -> Scheme:
+def _named(text: str) -> Scheme:
     try:
-        return Scheme.from_dict(scheme.to_dict() | changes)
+        return scheme(text)
+    except QatanaError as error:
+        raise ValueError(str(error)) from error
+
+
+def _changed(base: Scheme | None, changes: dict[str, Any] | str, rule: str, role: str) -> Scheme:
+    """A whole scheme by name, or changes to what held before. A name alone stands for scale="dynamic" where nothing else is possible: in
+    gradients, and in activations with more than one scale."""
+    try:
+        if isinstance(changes, str):
+            named = scheme(changes)
+            static = role == "weight" or (role != "gradient" and named.granularity.kind == "tensor")
+            return named if static or " " in changes else named.with_(scale="dynamic")
+        if base is None and role == "gradient":
+            changes = {"scale": "dynamic"} | changes
+        return Scheme.from_dict((base.to_dict() if base is not None else {}) | changes)
     except QatanaError as error:
         raise RecipeError(f"rule '{rule}': {error}") from error
 

@@ -1,7 +1,8 @@
 """Targets: what each engine can execute in integers, and the scheme of every kind of tensor there.
 
 Roles: weight, input, output of a layer; query, key, value, probability, context of attention. Layer kinds: linear,
-conv, embedding, add, pool, attention, activation. A role that a target does not list stays float there."""
+conv, embedding, add, pool, attention, activation. A role that a target does not list stays float there; the free target, "torch",
+takes any scheme for any role that a rule names."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ class Target:
 
     lifted        asymmetric activations whose zero point stays above the lowest code, so that one formula holds for them
     zero_point_0  activations whose zero point must be 0: the engine runs their product in float otherwise
-    fused_sums    a sum is part of the convolution that makes one of its operands, whose output is not rounded before"""
+    fused_sums    a sum is part of the convolution that makes one of its operands, whose output is not rounded before
+    free          no engine's kernels bind it: any scheme for any tensor, each on its own (weights alone, floats, blocks, a KV cache)"""
 
     name: str
     engine: str
@@ -30,6 +32,7 @@ class Target:
     lifted: frozenset[Key] = frozenset()
     zero_point_0: frozenset[Key] = frozenset()
     fused_sums: bool = False
+    free: bool = False
 
     def kinds(self) -> set[str]:
         return {kind for kind, _ in self.schemes}
@@ -122,6 +125,14 @@ TARGETS: dict[str, Target] = {
             lifted=frozenset({("linear", "input")}),
             zero_point_0=frozenset(("attention", role) for role in ("query", "key", "value")),
             fused_sums=True,
+        ),
+        Target(
+            "torch",
+            "onnxruntime",
+            "any number format, for weights alone or with inputs and a KV cache; packed artifacts, run in PyTorch",
+            {(kind, "weight"): _WEIGHT for kind in ("linear", "conv", "embedding")},
+            (),
+            free=True,
         ),
     )
 }

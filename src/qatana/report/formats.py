@@ -1,7 +1,9 @@
 """Every number format, measured: bits, error on Gaussian and real weights, time of fake quantization against a copy.
 
 SQNR = 10 log10(sum x^2 / sum (x - x_hat)^2) dB
-copies = time of x_hat and its gradient / time of x.clone(), medians of interleaved rounds in one run"""
+copies = time of x_hat and its gradient / time of x.clone(), medians of interleaved rounds in one run
+
+What a training step does is timed: schemes that hold their parameters are solved once, before, and that time is told apart."""
 
 from __future__ import annotations
 
@@ -18,14 +20,21 @@ import torch
 from torch import Tensor
 
 from qatana.hardware import isa, processor
-from qatana.numerics import Codebook, FloatFormat, IntFormat, Scheme, fake_quantize_by, scheme
+from qatana.numerics import (
+    Codebook,
+    FloatFormat,
+    IntFormat,
+    Scheme,
+    fake_quantize_by,
+    fake_quantize_held,
+    hold,
+    scheme,
+)
 
 SIDE, QUICK_SIDE = 4096, 512
 """Rows and columns of the tensor that is timed. A copy of 16 MB took 0.3 or 3 ns per element from one format to the next, one of 64 MB
 seldom less than 2; so the ratios of `quick`, and those of a busy machine, say little."""
 ROUNDS, QUICK_ROUNDS = 3, 3
-SLOW = 2.0
-"""Seconds beyond which the first call of a format is its time."""
 
 
 class Entry(NamedTuple):
@@ -85,7 +94,8 @@ def format_table(*, quick: bool = False, progress: Callable[[str], None] | None 
 
     progress  called with the name of each format before it is measured
     Returns JSON: {"formats": [{"name", "scheme", "bits", "block", "scale", "range", "sqnr": {tensor: dB}, "ns_per_element", "copies",
-    "engines", "reference"}], "tensors": {name: elements}, "elements", "machine", "versions", "quick"}."""
+    "search_copies", "engines", "reference"}], "tensors": {name: elements}, "elements", "machine", "versions", "quick"}.
+    search_copies: what solving for held parameters takes, once, in copies of the tensor; None where each step solves."""
     side = QUICK_SIDE if quick else SIDE
     weights = {"Gaussian": torch.randn(512, 2304, generator=torch.Generator().manual_seed(0)), **_real(quick)}
     x = torch.randn(side, side, generator=torch.Generator().manual_seed(1))
@@ -94,8 +104,9 @@ def format_table(*, quick: bool = False, progress: Callable[[str], None] | None 
         if progress is not None:
             progress(entry.name)
         errors = {name: sqnr(tensor, entry.scheme) for name, tensor in weights.items()}
-        seconds, copy = _seconds(x, entry.scheme, QUICK_ROUNDS if quick else ROUNDS)
+        seconds, copy, search = _seconds(x, entry.scheme, QUICK_ROUNDS if quick else ROUNDS)
         timed = {"ns_per_element": round(1e9 * seconds / x.numel(), 3), "copies": round(seconds / copy, 2)}
+        timed["search_copies"] = None if search is None else round(search / copy, 2)
         found.append(_about(entry) | {"sqnr": errors} | timed)
     machine = {"processor": processor(), "isa": isa(), "threads": torch.get_num_threads()}
     return {
@@ -130,27 +141,26 @@ def sqnr(x: Tensor, made: Scheme) -> float | None:
     return round(10 * math.log10(float(x.double().square().sum()) / noise), 2) if noise else None
 
 
-def _seconds(x: Tensor, made: Scheme, rounds: int) -> tuple[float, float]:
-    """Seconds of fake quantization with its gradient, and of a copy, in turns."""
+def _seconds(x: Tensor, made: Scheme, rounds: int) -> tuple[float, float, float | None]:
+    """Seconds of fake quantization with its gradient, and of a copy, in turns; and of the search for held parameters, once."""
     upstream = torch.ones_like(x)
     leaf = x.clone().requires_grad_()
+    begin = time.perf_counter()
+    held = hold(x, made) if made.holds else None
+    search = None if held is None else time.perf_counter() - begin
 
     def both() -> None:
         leaf.grad = None
-        fake_quantize_by(leaf, made).backward(upstream)
+        (fake_quantize_by(leaf, made) if held is None else fake_quantize_held(leaf, made, held)).backward(upstream)
 
-    begin = time.perf_counter()
-    both()
-    first = time.perf_counter() - begin
-    ours, copies = ([first], []) if first > SLOW else ([], [])  # else the first call does not count
+    both()  # the first call does not count
+    ours, copies = [], []
     for _ in range(rounds):
         for call, times in ((both, ours), (x.clone, copies)):
-            if call is both and first > SLOW:
-                continue
             begin = time.perf_counter()
             call()
             times.append(time.perf_counter() - begin)
-    return statistics.median(ours), statistics.median(copies)
+    return statistics.median(ours), statistics.median(copies), search
 
 
 # -- real weights --------------------------------------------------------------------------------------------------

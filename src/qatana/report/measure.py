@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qatana.batch import move, split_inputs
+from qatana.batch import evaluating, move, split_inputs
 from qatana.errors import DataError, ModelError
 from qatana.quantizer import Quantizer, quantizers
 from qatana.report.data import Grid, LayerHistogram, LayerRow, Stage, StageHistogram
@@ -211,23 +211,12 @@ def _measure_activations(
     for done, batch in enumerate(batches, start=1):
         for model, gauges in models:
             args, kwargs = move(split_inputs(batch, model), next(model.parameters()).device)
-            with _evaluating(model), _listening(gauges):
+            with evaluating(model), _listening(gauges):
                 model(*args, **kwargs)
         if progress is not None:
             progress(done)
     if not done:
         raise DataError("measure got no batch; check the data path, the split and the batch size")
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qatana.artifact import Artifact
-from qatana.batch import move
+from qatana.batch import evaluating, move
 from qatana.errors import ModelError
 from qatana.numerics import IntFormat, unpack
 from qatana.quantizer import Quantizer, quantizers
@@ -40,7 +40,7 @@ class QatRun:
         self.records = {}
         device = next(self.model.parameters()).device
         args, kwargs = move((args, kwargs), device)
-        with _evaluating(self.model), self._listening():
+        with evaluating(self.model), self._listening():
             return [x.detach().cpu() for x in tensors_of(self.model(*args, **kwargs))]
 
     @contextmanager
@@ -65,17 +65,6 @@ class QatRun:
         if not uses or not records or len(records) % uses:
             return []
         return records[:: len(records) // uses]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def tensors_of(out: Any) -> list[Tensor]:

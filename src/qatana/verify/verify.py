@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -13,8 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qatana import hardware
-from qatana.artifact import Artifact
-from qatana.artifact.artifact import sha256
+from qatana.artifact import Artifact, sha256
 from qatana.batch import split_inputs
 from qatana.errors import DataError
 from qatana.verify.certificate import Certificate, Comparison
@@ -31,6 +29,8 @@ from qatana.verify.operators import (
 )
 from qatana.verify.qat import QatRun, compare_weights, tensors_of
 from qatana.verify.segments import Fused, Segments
+from qatana.verify.stored import verify_stored
+from qatana.verify.versions import versions
 
 IGNORED_LABEL = -100
 _MOVEMENT = {"Transpose", "Reshape", "Identity", "Squeeze", "Unsqueeze"}
@@ -50,12 +50,15 @@ def verify(
     """Compare a trained model, its artifact and the deployed file; the verdict follows the table ALLOWED.
 
     model    the QAT model; None leaves the comparison with training out
+    path     the exported file; for the target "torch", which has none, the folder that `artifact.save` wrote
     batches  as the model takes them; labels of -100 and tokens outside attention_mask do not count as labels
     engine   default: the one of the target ("ort:int8" runs in ONNX Runtime)
     layers   compare operator by operator, on all batches or on so many of them
     progress called with the number of batches done
     Memory does not grow with the number of batches.
     Raises: ArtifactError for a file that is truncated, foreign or of another artifact; DataError for no batch; MissingExtra."""
+    if artifact.free:
+        return verify_stored(model, artifact, Path(path), batches, progress)
     run = _Verification(model, artifact, Path(path), engine or artifact.engine)
     limit = float("inf") if layers is True else int(layers)
     for done, batch in enumerate(batches):
@@ -247,7 +250,7 @@ class _Verification:
             comparisons.insert(1, self.training)
         comparisons += [c for c in (self.operators, self.between) if c.tallies]
         return Certificate(
-            self.artifact.target, self.engine, dict(hardware.describe()), _versions(), _digest(self.file.path), comparisons,
+            self.artifact.target, self.engine, dict(hardware.describe()), versions(), _digest(self.file.path), comparisons,
             dict(sorted(kernels.items())), self.exposing, self._problems(kernels), self.batches,
         )  # fmt: skip
 
@@ -314,16 +317,6 @@ def _computing(kernels: Counter[str]) -> Counter[str]:
 
 def _difference(before: Counter[str], after: Counter[str]) -> dict[str, int]:
     return {kind: after[kind] - before[kind] for kind in sorted({*before, *after}) if after[kind] != before[kind]}
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("qatana", "torch", "numpy", "onnx", "onnxruntime", "openvino", "transformers"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _digest(path: Path) -> dict[str, Any]:

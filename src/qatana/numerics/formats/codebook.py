@@ -70,21 +70,22 @@ class Codebook:
         return (t >= float(values[0])) & (t <= float(values[-1]))
 
     def positions(self, t: Tensor) -> Tensor:
-        """Position of the nearest value among the sorted ones, int32. The fast path compares once: t is sorted into buckets so
-        fine that each holds at most one midpoint."""
+        """Position of the nearest value among the sorted ones, int64. The fast path compares once: t goes into a bucket by its sign,
+        exponent and first mantissa bits, so many that each bucket holds at most one midpoint."""
         search = _search(self).to(t.device)
         if self.lookup:
             step = t.add(1.0).mul_(0.5).mul_(self.lookup - 1.0).add_(0.5)
             step = step.nan_to_num_(0.0).clamp_(0, self.lookup - 1)  # 0 * (1 / 0), a block of zeros, gets code 0 there
-            return search.base.take(step.to(torch.int64)).to(torch.int32)
-        if search.bucket is None:
-            return torch.bucketize(t, search.midpoints, out_int32=True, right=self.ties_up)
-        bucket = _bucket(t, search.first, search.per_unit, len(search.bucket)).reshape(-1)
-        limit = torch.index_select(search.bucket, 0, bucket)
-        above = t.reshape(-1).clone()  # compared in place it stays float: to bool is five times slower
-        above = above.ge_(limit) if self.ties_up else above.gt_(limit)
-        base = torch.index_select(search.base, 0, bucket)
-        return base.add_(above).to(torch.int32).reshape(t.shape)
+            return search.base.take(step.to(torch.int64))
+        if search.limit is None:
+            return torch.bucketize(t, search.midpoints, right=self.ties_up)
+        above = t.reshape(-1).add(0.0)  # -0 becomes 0, in whose bucket a midpoint may lie
+        bucket = (above.view(torch.int32) >> search.shift).to(torch.int64).add_(len(search.limit) // 2)
+        limit = torch.index_select(search.limit, 0, bucket)
+        above = (
+            above.ge_(limit) if self.ties_up else above.gt_(limit)
+        )  # in place it stays float: to bool is five times slower
+        return torch.index_select(search.base, 0, bucket).add_(above).to(torch.int64).reshape(t.shape)
 
     def round_(self, t: Tensor) -> Tensor:
         """Nearest value, in place (float32)."""
@@ -94,53 +95,48 @@ class Codebook:
     def encode(self, t: Tensor) -> Tensor:
         """Codes (uint8) of the values nearest to t."""
         order = torch.tensor(self.order, dtype=torch.uint8, device=t.device)
-        return order[self.positions(t).long()]
+        return order[self.positions(t)]
 
     def decode(self, codes: Tensor) -> Tensor:
         return torch.tensor(self.table, device=codes.device)[codes.long()]
 
 
 class _Search(NamedTuple):
-    """values (n,) sorted, midpoints (n - 1,), and per bucket the midpoint in it (inf: none) and the number of midpoints before."""
+    """values (n,) sorted, midpoints (n - 1,), and per bucket the midpoint in it (limit; NaN: none) and the number of midpoints before
+    (base). The bucket of t is its bits >> shift, counted from the negative ones."""
 
     values: Tensor
     midpoints: Tensor
     base: Tensor
-    bucket: Tensor | None = None
-    first: float = 0.0
-    per_unit: float = 0.0
+    limit: Tensor | None = None
+    shift: int = 0
 
     def to(self, device: torch.device) -> _Search:
         if device == self.values.device:
             return self
-        bucket = None if self.bucket is None else self.bucket.to(device)
-        values, midpoints, base = self.values.to(device), self.midpoints.to(device), self.base.to(device)
-        return _Search(values, midpoints, base, bucket, self.first, self.per_unit)
-
-
-def _bucket(t: Tensor, first: float, per_unit: float, count: int) -> Tensor:
-    """Bucket of t: monotone in t, so a midpoint in an earlier bucket is below t, in a later one above it. NaN goes to the first: as
-    an integer it would be no index."""
-    return torch.empty_like(t, dtype=torch.int32).copy_(
-        t.sub(first).mul_(per_unit).nan_to_num_(0.0).clamp_(0, count - 1)
-    )
+        limit = None if self.limit is None else self.limit.to(device)
+        return _Search(self.values.to(device), self.midpoints.to(device), self.base.to(device), limit, self.shift)
 
 
 @lru_cache
 def _search(codebook: Codebook) -> _Search:
     table = torch.tensor(codebook.table)
     values = table[torch.tensor(codebook.order)]
-    midpoints = (values[:-1] + values[1:]) / 2
+    midpoints = (values[:-1] + values[1:]) / 2 + 0.0  # never -0
     if codebook.lookup:
         steps = torch.arange(codebook.lookup, dtype=torch.float32) / (codebook.lookup - 1) * 2 - 1
         return _Search(values, midpoints, torch.bucketize(steps, midpoints))
-    first = float(values[0])
-    for bits in range(5, 17):
-        per_unit = (2**bits - 1) / (float(values[-1]) - first)
-        where = _bucket(midpoints, first, per_unit, 2**bits).long()
+    for shift in range(27, 15, -1):
+        where = midpoints.view(torch.int32) >> shift
         if len(where.unique()) == len(where):
-            bucket = torch.full((2**bits,), torch.inf)
-            bucket[where] = midpoints
-            base = torch.searchsorted(where, torch.arange(2**bits)).float()
-            return _Search(values, midpoints, base, bucket, first, per_unit)
+            half = 1 << (31 - shift)
+            limit = torch.full((2 * half,), torch.nan)
+            limit[where.long() + half] = midpoints
+            base = torch.searchsorted(_rank(where, half), _rank(torch.arange(-half, half, dtype=torch.int32), half))
+            return _Search(values, midpoints, base.float(), limit, shift)
     return _Search(values, midpoints, torch.empty(0))
+
+
+def _rank(bucket: Tensor, half: int) -> Tensor:
+    """Buckets in the order of their numbers: among negative ones, greater bits are smaller numbers."""
+    return torch.where(bucket < 0, -1 - half - bucket, bucket)

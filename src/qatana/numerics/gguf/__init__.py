@@ -64,7 +64,7 @@ def quantize(x: Tensor, name: str) -> Tensor:
 def dequantize(data: Tensor, shape: torch.Size | tuple[int, ...], name: str) -> Tensor:
     """float32 values of `shape` that bytes (uint8, any shape) hold. Raises: SchemeError if their number does not fit."""
     found = grid(name)
-    return found.values(*found.from_bytes(data, shape)).reshape(shape)
+    return found.values_(*found.from_bytes(data, shape)).reshape(shape)
 
 
 def fake_quantize(x: Tensor, name: str) -> Tensor:

@@ -7,8 +7,9 @@ Reference: ggml-quants.c and ggml-common.h of llama.cpp; gguf/quants.py (0.19.0)
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,30 +36,74 @@ def without_offset(scale: Tensor, encode: Tensor) -> Parameters:
     return Parameters(scale, zero, encode, zero)
 
 
-class Grid(Protocol):
+def half_with_reciprocal(d: Tensor) -> Parameters:
+    """Parameters of a type that stores float16(d) alone and computes codes with 1/d, d not rounded."""
+    return without_offset(stored_half(d), reciprocal(d))
+
+
+class Grid(ABC):
     """A GGUF block type. `parameters` is what its own `solve` returns: Parameters, or SuperParameters of the K-quants.
 
     name       as in GGMLQuantizationType, in lower case
     block      elements that share a scale;  row: what the last dimension must be a multiple of (a super-block's elements)
     row_bytes  bytes that `row` elements take
+    values_    values(codes), in the memory of the codes where that is possible
     fake       values(codes(view)), by the shortest way
-    inside     where an element was not clipped (None: nothing clips)"""
+    inside     where an element was not clipped (None: nothing clips)
+    parts      the fields of a block as they follow each other: uint8 (*lead, K / row, n), together row_bytes
+    read       codes and parameters of bytes (*lead, K / row, row_bytes)"""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def block(self) -> int: ...
-    @property
-    def row(self) -> int: ...
-    @property
-    def row_bytes(self) -> int: ...
+    name: str
+    block: int
+    row: int
+    row_bytes: int
+
+    @abstractmethod
     def solve(self, view: Tensor) -> Any: ...
+
+    @abstractmethod
     def codes(self, view: Tensor, parameters: Any) -> Tensor: ...
-    def values(self, codes: Tensor, parameters: Any) -> Tensor: ...
-    def fake(self, view: Tensor, parameters: Any) -> Tensor: ...
-    def inside(self, view: Tensor, parameters: Any) -> Tensor | None: ...
-    def to_bytes(self, codes: Tensor, parameters: Any) -> Tensor: ...
-    def from_bytes(self, data: Tensor, shape: torch.Size | tuple[int, ...]) -> tuple[Tensor, Any]: ...
+
+    @abstractmethod
+    def values_(self, codes: Tensor, parameters: Any) -> Tensor: ...
+
+    @abstractmethod
+    def parts(self, codes: Tensor, parameters: Any) -> list[Tensor]: ...
+
+    @abstractmethod
+    def read(self, rows: Tensor) -> tuple[Tensor, Any]: ...
+
+    def values(self, codes: Tensor, parameters: Any) -> Tensor:
+        return self.values_(codes.clone(), parameters)
+
+    def fake(self, view: Tensor, parameters: Any) -> Tensor:
+        return self.values_(self.codes(view, parameters), parameters)
+
+    def inside(self, view: Tensor, parameters: Any) -> Tensor | None:
+        return None
+
+    def to_bytes(self, codes: Tensor, parameters: Any) -> Tensor:
+        return torch.cat(self.parts(codes, parameters), dim=-1).flatten(-2)
+
+    def from_bytes(self, data: Tensor, shape: torch.Size | tuple[int, ...]) -> tuple[Tensor, Any]:
+        return self.read(rows_of(self, data, shape))
+
+
+class HalfFirst(Grid):
+    """A type whose block is float16(d), then packed codes, and nothing else."""
+
+    @abstractmethod
+    def pack(self, codes: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def unpack(self, data: Tensor) -> Tensor: ...
+
+    def parts(self, codes: Tensor, parameters: Parameters) -> list[Tensor]:
+        return [half_to_bytes(parameters.scale), self.pack(codes)]
+
+    def read(self, rows: Tensor) -> tuple[Tensor, Parameters]:
+        scale = half_from_bytes(rows[..., :2])
+        return self.unpack(rows[..., 2:]), without_offset(scale, reciprocal(scale))
 
 
 def check_shape(grid: Grid, shape: torch.Size | tuple[int, ...]) -> None:
@@ -181,3 +226,13 @@ def pack_strided(codes: Tensor, bits: int) -> Tensor:
 def unpack_strided(data: Tensor, bits: int) -> Tensor:
     """Bytes (*lead, n) to uint8 codes (*lead, 8 / bits, n), as `pack_strided` laid them out."""
     return shifts(data, range(0, 8, bits)) & (2**bits - 1)
+
+
+def pack_adjacent(codes: Tensor, bits: int) -> Tensor:
+    """uint8 codes (*lead, n) to bytes (*lead, n * bits / 8): code j of each 8 / bits neighbours stands at bits j * bits."""
+    return pack_strided(codes.unflatten(-1, (-1, 8 // bits)).transpose(-1, -2), bits)
+
+
+def unpack_adjacent(data: Tensor, bits: int) -> Tensor:
+    """Bytes (*lead, n) to uint8 codes (*lead, n * 8 / bits), as `pack_adjacent` laid them out."""
+    return unpack_strided(data, bits).transpose(-1, -2).flatten(-2)

@@ -12,13 +12,29 @@ import torch
 from torch import Tensor
 
 from qatana.numerics.gguf import blocks
-from qatana.numerics.gguf.blocks import Parameters
+from qatana.numerics.gguf.blocks import Grid, Parameters
 
 _TABLE = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
 
 
+class _E2M1(Grid):
+    """Codes and values under any scale; the scale is also what codes are computed with."""
+
+    def codes(self, view: Tensor, parameters: Parameters) -> Tensor:
+        return _codes(_levels(view, parameters.scale))
+
+    def values_(self, codes: Tensor, parameters: Parameters) -> Tensor:
+        return _table(codes.device)[codes.long()].mul_(parameters.scale)
+
+    def fake(self, view: Tensor, parameters: Parameters) -> Tensor:
+        return _levels(view, parameters.scale).mul_(parameters.scale)
+
+    def inside(self, view: Tensor, parameters: Parameters) -> Tensor | None:
+        return view.abs() <= parameters.scale * 12
+
+
 @dataclass(frozen=True)
-class MXFP4:
+class MXFP4(_E2M1):
     """e = floor(float32(log2 max|x|)) - 2 + 127 (0 for a zero block);  scale = 2^(e - 128).
 
     float32(log2) reaches the next integer a little before max|x| reaches the next power of two (from 1 to 45 of its
@@ -39,33 +55,19 @@ class MXFP4:
         scale = _half_of_e8m0(stored)
         return blocks.without_offset(scale, scale)
 
-    def codes(self, view: Tensor, parameters: Parameters) -> Tensor:
-        return _codes(_levels(view, parameters.scale))
-
-    def values(self, codes: Tensor, parameters: Parameters) -> Tensor:
-        return _table(codes.device)[codes.long()].mul_(parameters.scale)
-
-    def fake(self, view: Tensor, parameters: Parameters) -> Tensor:
-        return _levels(view, parameters.scale).mul_(parameters.scale)
-
-    def inside(self, view: Tensor, parameters: Parameters) -> Tensor | None:
-        return view.abs() <= parameters.scale * 12
-
-    def to_bytes(self, codes: Tensor, parameters: Parameters) -> Tensor:
+    def parts(self, codes: Tensor, parameters: Parameters) -> list[Tensor]:
         bits = parameters.scale.contiguous().view(torch.int32)
         exponent = torch.where(bits < 1 << 23, bits >> 22, (bits >> 23) + 1).to(torch.uint8)
-        packed = blocks.pack_strided(codes.to(torch.uint8).unflatten(-1, (2, 16)), 4)
-        return torch.cat([exponent, packed], dim=-1).flatten(-2)
+        return [exponent, blocks.pack_strided(codes.to(torch.uint8).unflatten(-1, (2, 16)), 4)]
 
-    def from_bytes(self, data: Tensor, shape: torch.Size | tuple[int, ...]) -> tuple[Tensor, Parameters]:
-        rows = blocks.rows_of(self, data, shape)
+    def read(self, rows: Tensor) -> tuple[Tensor, Parameters]:
         scale = _half_of_e8m0(rows[..., :1].to(torch.int32))
         codes = blocks.unpack_strided(rows[..., 1:], 4).flatten(-2).float()
         return codes, blocks.without_offset(scale, scale)
 
 
 @dataclass(frozen=True)
-class NVFP4:
+class NVFP4(_E2M1):
     """Per 16 elements, scale = ue4m3(max|x| / 6) / 2; no tensor-wide scale.
 
     ue4m3 rounds half up, takes everything that rounds to 256 or more as 448, and reads 0x7F as 0, as the references do.
@@ -84,25 +86,12 @@ class NVFP4:
         scale = _half_of_ue4m3(torch.where(stored < 0x78, stored, torch.full_like(stored, 0x7E)))
         return blocks.without_offset(scale, scale)
 
-    def codes(self, view: Tensor, parameters: Parameters) -> Tensor:
-        return _codes(_levels(view, parameters.scale))
-
-    def values(self, codes: Tensor, parameters: Parameters) -> Tensor:
-        return _table(codes.device)[codes.long()].mul_(parameters.scale)
-
-    def fake(self, view: Tensor, parameters: Parameters) -> Tensor:
-        return _levels(view, parameters.scale).mul_(parameters.scale)
-
-    def inside(self, view: Tensor, parameters: Parameters) -> Tensor | None:
-        return view.abs() <= parameters.scale * 12
-
-    def to_bytes(self, codes: Tensor, parameters: Parameters) -> Tensor:
+    def parts(self, codes: Tensor, parameters: Parameters) -> list[Tensor]:
         scales = _ue4m3(parameters.scale * 2).to(torch.uint8).unflatten(-2, (-1, 4)).flatten(-2)
         halves = codes.to(torch.uint8).unflatten(-2, (-1, 4)).unflatten(-1, (2, 8))
-        return torch.cat([scales, blocks.pack_strided(halves, 4).flatten(-2)], dim=-1).flatten(-2)
+        return [scales, blocks.pack_strided(halves, 4).flatten(-2)]
 
-    def from_bytes(self, data: Tensor, shape: torch.Size | tuple[int, ...]) -> tuple[Tensor, Parameters]:
-        rows = blocks.rows_of(self, data, shape)
+    def read(self, rows: Tensor) -> tuple[Tensor, Parameters]:
         scale = _half_of_ue4m3(rows[..., :4].int()).flatten(-2).unsqueeze(-1)
         codes = blocks.unpack_strided(rows[..., 4:].unflatten(-1, (4, 8)), 4).flatten(-2).flatten(-3, -2)
         return codes.float(), blocks.without_offset(scale, scale)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from qatana.numerics.gguf import blocks
-from qatana.numerics.gguf.blocks import Parameters
+from qatana.numerics.gguf.blocks import Grid, HalfFirst, Parameters
 
 
 @dataclass(frozen=True)
-class Q8_0:
+class Q8_0(HalfFirst):
     """d = max|x| / 127;  code = roundf(x * (1/d)), half away from zero;  value = code * float16(d).
 
     34 bytes: d, 32 signed codes. Nothing clips: |x| * (1/d) <= 127 up to rounding."""
@@ -24,34 +24,23 @@ class Q8_0:
 
     def solve(self, view: Tensor) -> Parameters:
         amax = blocks.magnitude(view)
-        d = amax / torch.full_like(amax, 127)
-        return blocks.without_offset(blocks.stored_half(d), blocks.reciprocal(d))
+        return blocks.half_with_reciprocal(amax / torch.full_like(amax, 127))
 
     def codes(self, view: Tensor, parameters: Parameters) -> Tensor:
         return blocks.round_away(view * parameters.encode, view)
 
-    def values(self, codes: Tensor, parameters: Parameters) -> Tensor:
-        return codes * parameters.scale
+    def values_(self, codes: Tensor, parameters: Parameters) -> Tensor:
+        return codes.mul_(parameters.scale)
 
-    def fake(self, view: Tensor, parameters: Parameters) -> Tensor:
-        return self.codes(view, parameters).mul_(parameters.scale)
+    def pack(self, codes: Tensor) -> Tensor:
+        return codes.to(torch.int8).view(torch.uint8)
 
-    def inside(self, view: Tensor, parameters: Parameters) -> Tensor | None:
-        return None
-
-    def to_bytes(self, codes: Tensor, parameters: Parameters) -> Tensor:
-        parts = [blocks.half_to_bytes(parameters.scale), codes.to(torch.int8).view(torch.uint8)]
-        return torch.cat(parts, dim=-1).flatten(-2)
-
-    def from_bytes(self, data: Tensor, shape: torch.Size | tuple[int, ...]) -> tuple[Tensor, Parameters]:
-        rows = blocks.rows_of(self, data, shape)
-        scale = blocks.half_from_bytes(rows[..., :2])
-        codes = rows[..., 2:].contiguous().view(torch.int8).float()
-        return codes, blocks.without_offset(scale, blocks.reciprocal(scale))
+    def unpack(self, data: Tensor) -> Tensor:
+        return data.contiguous().view(torch.int8).float()
 
 
 @dataclass(frozen=True)
-class SignedExtreme:
+class SignedExtreme(HalfFirst):
     """Q4_0 (bits = 4) and Q5_0 (bits = 5), with h = 2^(bits-1): the extreme element is exactly code 0.
 
     m = the signed element of largest |x| (first of equals);  d = m / -h, which may be negative;
@@ -76,35 +65,27 @@ class SignedExtreme:
         return 2 ** (self.bits - 1)
 
     def solve(self, view: Tensor) -> Parameters:
-        d = blocks.signed_extreme(view) * (-1 / self.half)
-        return blocks.without_offset(blocks.stored_half(d), blocks.reciprocal(d))
+        return blocks.half_with_reciprocal(blocks.signed_extreme(view) * (-1 / self.half))
 
     def codes(self, view: Tensor, parameters: Parameters) -> Tensor:
         scaled = (view * parameters.encode).add_(self.half + 0.5)
         return scaled.trunc_().clamp_(0, 2 * self.half - 1)
 
-    def values(self, codes: Tensor, parameters: Parameters) -> Tensor:
-        return (codes - self.half).mul_(parameters.scale)
-
-    def fake(self, view: Tensor, parameters: Parameters) -> Tensor:
-        return self.codes(view, parameters).sub_(self.half).mul_(parameters.scale)
+    def values_(self, codes: Tensor, parameters: Parameters) -> Tensor:
+        return codes.sub_(self.half).mul_(parameters.scale)
 
     def inside(self, view: Tensor, parameters: Parameters) -> Tensor | None:
         return (view * parameters.encode).add_(self.half + 0.5) < 2 * self.half
 
-    def to_bytes(self, codes: Tensor, parameters: Parameters) -> Tensor:
-        parts = [blocks.half_to_bytes(parameters.scale), _codes_to_bytes(codes, self.bits)]
-        return torch.cat(parts, dim=-1).flatten(-2)
+    def pack(self, codes: Tensor) -> Tensor:
+        return _codes_to_bytes(codes, self.bits)
 
-    def from_bytes(self, data: Tensor, shape: torch.Size | tuple[int, ...]) -> tuple[Tensor, Parameters]:
-        rows = blocks.rows_of(self, data, shape)
-        scale = blocks.half_from_bytes(rows[..., :2])
-        codes = _codes_from_bytes(rows[..., 2:], self.bits)
-        return codes, blocks.without_offset(scale, blocks.reciprocal(scale))
+    def unpack(self, data: Tensor) -> Tensor:
+        return _codes_from_bytes(data, self.bits)
 
 
 @dataclass(frozen=True)
-class Minimum:
+class Minimum(Grid):
     """Q4_1 (bits = 4) and Q5_1 (bits = 5): from the least to the greatest element.
 
     d = (max - min) / (2^bits - 1);  code = min(2^bits - 1, floor((x - min) * (1/d) + 0.5));
@@ -132,24 +113,16 @@ class Minimum:
         scaled = (view - parameters.encode_offset).mul_(parameters.encode).add_(0.5)
         return scaled.trunc_().clamp_(0, 2**self.bits - 1)
 
-    def values(self, codes: Tensor, parameters: Parameters) -> Tensor:
-        return (codes * parameters.scale).add_(parameters.offset)
+    def values_(self, codes: Tensor, parameters: Parameters) -> Tensor:
+        return codes.mul_(parameters.scale).add_(parameters.offset)
 
-    def fake(self, view: Tensor, parameters: Parameters) -> Tensor:
-        return self.codes(view, parameters).mul_(parameters.scale).add_(parameters.offset)
+    def parts(self, codes: Tensor, parameters: Parameters) -> list[Tensor]:
+        halves = torch.cat([parameters.scale, parameters.offset], dim=-1)
+        return [blocks.half_to_bytes(halves), _codes_to_bytes(codes, self.bits)]
 
-    def inside(self, view: Tensor, parameters: Parameters) -> Tensor | None:
-        return None
-
-    def to_bytes(self, codes: Tensor, parameters: Parameters) -> Tensor:
-        halves = blocks.half_to_bytes(torch.cat([parameters.scale, parameters.offset], dim=-1))
-        return torch.cat([halves, _codes_to_bytes(codes, self.bits)], dim=-1).flatten(-2)
-
-    def from_bytes(self, data: Tensor, shape: torch.Size | tuple[int, ...]) -> tuple[Tensor, Parameters]:
-        rows = blocks.rows_of(self, data, shape)
+    def read(self, rows: Tensor) -> tuple[Tensor, Parameters]:
         scale, low = blocks.half_from_bytes(rows[..., :4]).split(1, dim=-1)
-        codes = _codes_from_bytes(rows[..., 4:], self.bits)
-        return codes, Parameters(scale, low, blocks.reciprocal(scale), low)
+        return _codes_from_bytes(rows[..., 4:], self.bits), Parameters(scale, low, blocks.reciprocal(scale), low)
 
 
 def _codes_to_bytes(codes: Tensor, bits: int) -> Tensor:
@@ -159,13 +132,11 @@ def _codes_to_bytes(codes: Tensor, bits: int) -> Tensor:
     low = blocks.pack_strided((raw & 15).unflatten(-1, (2, 16)), 4)
     if bits == 4:
         return low
-    fifth = blocks.pack_strided((raw >> 4).unflatten(-1, (4, 8)).transpose(-1, -2), 1)
-    return torch.cat([fifth, low], dim=-1)
+    return torch.cat([blocks.pack_adjacent(raw >> 4, 1), low], dim=-1)
 
 
 def _codes_from_bytes(data: Tensor, bits: int) -> Tensor:
     low = blocks.unpack_strided(data[..., -16:], 4).flatten(-2)
     if bits == 4:
         return low.float()
-    fifth = blocks.unpack_strided(data[..., :4], 1).transpose(-1, -2).flatten(-2)
-    return (low | fifth << 4).float()
+    return (low | blocks.unpack_adjacent(data[..., :4], 1) << 4).float()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from qatana.numerics.gguf import blocks
-from qatana.numerics.gguf.blocks import column_parts, ordered_sum
+from qatana.numerics.gguf.blocks import Grid, column_parts, ordered_sum
 
 
 class SuperParameters(NamedTuple):
@@ -44,8 +44,12 @@ def _parameters(super_scale: Tensor, super_offset: Tensor, scale_code: Tensor, o
     return SuperParameters(scale, offset, scale, offset, super_scale, super_offset, scale_code, offset_code)
 
 
+def _without_offset(super_scale: Tensor, scale_code: Tensor) -> SuperParameters:
+    return _parameters(super_scale, torch.zeros_like(super_scale), scale_code, torch.zeros_like(scale_code))
+
+
 @dataclass(frozen=True)
-class KMinimum:
+class KMinimum(Grid):
     """Q4_K (bits = 4) and Q5_K (bits = 5): value = scale * code + offset;  code = clamp(rint((x - offset) / scale)), 0 where
     scale = 0;  scale = float16(d) * sc, offset = -float16(dmin) * m, sc and m of 6 bits for each 32 elements.
 
@@ -80,27 +84,23 @@ class KMinimum:
         )  # never -0
         return torch.where(parameters.scale > 0, codes, torch.zeros_like(codes))
 
-    def values(self, codes: Tensor, parameters: SuperParameters) -> Tensor:
-        return (codes * parameters.scale).add_(parameters.offset)
-
-    def fake(self, view: Tensor, parameters: SuperParameters) -> Tensor:
-        return self.values(self.codes(view, parameters), parameters)
+    def values_(self, codes: Tensor, parameters: SuperParameters) -> Tensor:
+        return codes.mul_(parameters.scale).add_(parameters.offset)
 
     def inside(self, view: Tensor, parameters: SuperParameters) -> Tensor | None:
         codes = ((view - parameters.offset) / parameters.scale).round_()
         return (codes >= 0) & (codes <= 2**self.bits - 1)
 
-    def to_bytes(self, codes: Tensor, parameters: SuperParameters) -> Tensor:
+    def parts(self, codes: Tensor, parameters: SuperParameters) -> list[Tensor]:
         halves = blocks.half_to_bytes(torch.cat([parameters.super_scale, parameters.super_offset], dim=-1))
         raw = codes.to(torch.uint8).unflatten(-2, (-1, 8))
         parts = [halves, _six_bits_to_bytes(parameters.scale_code, parameters.offset_code)]
         if self.bits == 5:
             parts.append(blocks.pack_strided(raw >> 4, 1))
         parts.append(blocks.pack_strided((raw & 15).unflatten(-2, (4, 2)), 4).flatten(-2))
-        return torch.cat(parts, dim=-1).flatten(-2)
+        return parts
 
-    def from_bytes(self, data: Tensor, shape: torch.Size | tuple[int, ...]) -> tuple[Tensor, SuperParameters]:
-        rows = blocks.rows_of(self, data, shape)
+    def read(self, rows: Tensor) -> tuple[Tensor, SuperParameters]:
         super_scale, super_offset = blocks.half_from_bytes(rows[..., :4]).split(1, dim=-1)
         scale_code, offset_code = _six_bits_from_bytes(rows[..., 4:16])
         codes = blocks.unpack_strided(rows[..., -128:].unflatten(-1, (4, 32)), 4).flatten(-3, -2)
@@ -111,7 +111,7 @@ class KMinimum:
 
 
 @dataclass(frozen=True)
-class Q6_K:
+class Q6_K(Grid):
     """value = scale * (code - 32);  code = clamp(rint(x / scale), -32, 31) + 32, 0 where scale = 0;  scale = float16(d) * sc,
     sc of 8 signed bits for each 16 elements; scales may be negative. 210 bytes: low nibbles, high two bits, 16 sc, d."""
 
@@ -130,37 +130,33 @@ class Q6_K:
         code = (inverse * scale).round_().clamp_(max=127).add_(0.0)  # never -0
         super_scale = blocks.stored_half(inverse.reciprocal())
         super_scale, code = (torch.where(empty, torch.zeros_like(part), part) for part in (super_scale, code))
-        return _parameters(super_scale, torch.zeros_like(super_scale), code, torch.zeros_like(code))
+        return _without_offset(super_scale, code)
 
     def codes(self, view: Tensor, parameters: SuperParameters) -> Tensor:
         codes = (view / parameters.scale).round_().clamp_(-32, 31).add_(32)
         return torch.where(parameters.scale != 0, codes, torch.zeros_like(codes))
 
-    def values(self, codes: Tensor, parameters: SuperParameters) -> Tensor:
-        return (codes - 32).mul_(parameters.scale)
-
-    def fake(self, view: Tensor, parameters: SuperParameters) -> Tensor:
-        return self.values(self.codes(view, parameters), parameters)
+    def values_(self, codes: Tensor, parameters: SuperParameters) -> Tensor:
+        return codes.sub_(32).mul_(parameters.scale)
 
     def inside(self, view: Tensor, parameters: SuperParameters) -> Tensor | None:
         codes = (view / parameters.scale).round_()
         return (codes >= -32) & (codes <= 31)
 
-    def to_bytes(self, codes: Tensor, parameters: SuperParameters) -> Tensor:
+    def parts(self, codes: Tensor, parameters: SuperParameters) -> list[Tensor]:
         raw = codes.to(torch.uint8).unflatten(-2, (-1, 16)).flatten(-2)
         low = blocks.pack_strided((raw & 15).unflatten(-1, (2, 2, 64)), 4).flatten(-2)
         high = blocks.pack_strided((raw >> 4).unflatten(-1, (2, 4, 32)), 2).flatten(-2)
         scales = parameters.scale_code.to(torch.int8).view(torch.uint8)
-        return torch.cat([low, high, scales, blocks.half_to_bytes(parameters.super_scale)], dim=-1).flatten(-2)
+        return [low, high, scales, blocks.half_to_bytes(parameters.super_scale)]
 
-    def from_bytes(self, data: Tensor, shape: torch.Size | tuple[int, ...]) -> tuple[Tensor, SuperParameters]:
-        rows = blocks.rows_of(self, data, shape)
+    def read(self, rows: Tensor) -> tuple[Tensor, SuperParameters]:
         low = blocks.unpack_strided(rows[..., :128].unflatten(-1, (2, 64)), 4).flatten(-3)
         high = blocks.unpack_strided(rows[..., 128:192].unflatten(-1, (2, 32)), 2).flatten(-3)
         code = rows[..., 192:208].contiguous().view(torch.int8).float()
         super_scale = blocks.half_from_bytes(rows[..., 208:])
         codes = (low | high << 4).float().unflatten(-1, (16, 16)).flatten(-3, -2)
-        return codes, _parameters(super_scale, torch.zeros_like(super_scale), code, torch.zeros_like(code))
+        return codes, _without_offset(super_scale, code)
 
 
 def _six_bits(numbers: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from qatana.numerics.gguf import blocks
-from qatana.numerics.gguf.blocks import Parameters
+from qatana.numerics.gguf.blocks import Grid, HalfFirst, Parameters
 
 
 @dataclass(frozen=True)
-class Ternary:
+class Ternary(Grid):
     """TQ1_0 (packed = "trits") and TQ2_0 (packed = "bits"): one grid, two byte layouts.
 
     d = max|x| of 256;  code = roundf(x * (1/d)) + 1 in {0, 1, 2}, half away from zero;  value = (code - 1) * float16(d).
@@ -34,36 +34,27 @@ class Ternary:
         return 54 if self.packed == "trits" else 66
 
     def solve(self, view: Tensor) -> Parameters:
-        d = blocks.magnitude(view)
-        return blocks.without_offset(blocks.stored_half(d), blocks.reciprocal(d))
+        return blocks.half_with_reciprocal(blocks.magnitude(view))
 
     def codes(self, view: Tensor, parameters: Parameters) -> Tensor:
         return blocks.round_away(view * parameters.encode, view).add_(1)
 
-    def values(self, codes: Tensor, parameters: Parameters) -> Tensor:
-        return (codes - 1).mul_(parameters.scale)
+    def values_(self, codes: Tensor, parameters: Parameters) -> Tensor:
+        return codes.sub_(1).mul_(parameters.scale)
 
-    def fake(self, view: Tensor, parameters: Parameters) -> Tensor:
-        return self.codes(view, parameters).sub_(1).mul_(parameters.scale)
-
-    def inside(self, view: Tensor, parameters: Parameters) -> Tensor | None:
-        return None
-
-    def to_bytes(self, codes: Tensor, parameters: Parameters) -> Tensor:
+    def parts(self, codes: Tensor, parameters: Parameters) -> list[Tensor]:
         raw = codes.to(torch.uint8)
         packed = _trits_to_bytes(raw) if self.packed == "trits" else _fourths_to_bytes(raw)
-        return torch.cat([packed, blocks.half_to_bytes(parameters.scale)], dim=-1).flatten(-2)
+        return [packed, blocks.half_to_bytes(parameters.scale)]
 
-    def from_bytes(self, data: Tensor, shape: torch.Size | tuple[int, ...]) -> tuple[Tensor, Parameters]:
-        rows = blocks.rows_of(self, data, shape)
-        scale = blocks.half_from_bytes(rows[..., -2:])
-        packed = rows[..., :-2]
+    def read(self, rows: Tensor) -> tuple[Tensor, Parameters]:
+        packed, scale = rows[..., :-2], blocks.half_from_bytes(rows[..., -2:])
         codes = _trits_from_bytes(packed) if self.packed == "trits" else _fourths_from_bytes(packed)
         return codes.float(), blocks.without_offset(scale, blocks.reciprocal(scale))
 
 
 @dataclass(frozen=True)
-class Q2_0:
+class Q2_0(HalfFirst):
     """d = max|x| of 64;  code = clamp(roundf(x * (1/d)) + 1, 0, 3);  value = (code - 1) * float16(d): {-d, 0, d, 2d}.
 
     18 bytes: d, then four codes a byte, element 4k + j at bits 2j. The rule itself never gives code 3.
@@ -75,34 +66,23 @@ class Q2_0:
     row_bytes = 18
 
     def solve(self, view: Tensor) -> Parameters:
-        d = blocks.magnitude(view)
-        return blocks.without_offset(blocks.stored_half(d), blocks.reciprocal(d))
+        return blocks.half_with_reciprocal(blocks.magnitude(view))
 
     def codes(self, view: Tensor, parameters: Parameters) -> Tensor:
         return blocks.round_away(view * parameters.encode, view).add_(1).clamp_(0, 3)
 
-    def values(self, codes: Tensor, parameters: Parameters) -> Tensor:
-        return (codes - 1).mul_(parameters.scale)
+    def values_(self, codes: Tensor, parameters: Parameters) -> Tensor:
+        return codes.sub_(1).mul_(parameters.scale)
 
-    def fake(self, view: Tensor, parameters: Parameters) -> Tensor:
-        return self.codes(view, parameters).sub_(1).mul_(parameters.scale)
+    def pack(self, codes: Tensor) -> Tensor:
+        return blocks.pack_adjacent(codes.to(torch.uint8), 2)
 
-    def inside(self, view: Tensor, parameters: Parameters) -> Tensor | None:
-        return None
-
-    def to_bytes(self, codes: Tensor, parameters: Parameters) -> Tensor:
-        packed = blocks.pack_strided(codes.to(torch.uint8).unflatten(-1, (16, 4)).transpose(-1, -2), 2)
-        return torch.cat([blocks.half_to_bytes(parameters.scale), packed], dim=-1).flatten(-2)
-
-    def from_bytes(self, data: Tensor, shape: torch.Size | tuple[int, ...]) -> tuple[Tensor, Parameters]:
-        rows = blocks.rows_of(self, data, shape)
-        scale = blocks.half_from_bytes(rows[..., :2])
-        codes = blocks.unpack_strided(rows[..., 2:], 2).transpose(-1, -2).flatten(-2)
-        return codes.float(), blocks.without_offset(scale, blocks.reciprocal(scale))
+    def unpack(self, data: Tensor) -> Tensor:
+        return blocks.unpack_adjacent(data, 2).float()
 
 
 @dataclass(frozen=True)
-class Q1_0:
+class Q1_0(HalfFirst):
     """d = mean|x| of 128;  code = 1 where x >= 0, else 0;  value = code ? float16(d) : -float16(d).
 
     The sum is taken in float32, first element first, as the C code does. 18 bytes: d, then element j at bit j % 8 of byte
@@ -121,24 +101,18 @@ class Q1_0:
     def codes(self, view: Tensor, parameters: Parameters) -> Tensor:
         return (view >= 0).float()
 
-    def values(self, codes: Tensor, parameters: Parameters) -> Tensor:
+    def values_(self, codes: Tensor, parameters: Parameters) -> Tensor:
         return torch.where(codes > 0, parameters.scale, -parameters.scale)
 
-    def fake(self, view: Tensor, parameters: Parameters) -> Tensor:
-        return self.values(self.codes(view, parameters), parameters)
+    def pack(self, codes: Tensor) -> Tensor:
+        return blocks.pack_adjacent(codes.to(torch.uint8), 1)
 
-    def inside(self, view: Tensor, parameters: Parameters) -> Tensor | None:
-        return None
+    def unpack(self, data: Tensor) -> Tensor:
+        return blocks.unpack_adjacent(data, 1).float()
 
-    def to_bytes(self, codes: Tensor, parameters: Parameters) -> Tensor:
-        packed = blocks.pack_strided(codes.to(torch.uint8).unflatten(-1, (16, 8)).transpose(-1, -2), 1)
-        return torch.cat([blocks.half_to_bytes(parameters.scale), packed], dim=-1).flatten(-2)
-
-    def from_bytes(self, data: Tensor, shape: torch.Size | tuple[int, ...]) -> tuple[Tensor, Parameters]:
-        rows = blocks.rows_of(self, data, shape)
-        scale = blocks.half_from_bytes(rows[..., :2])
-        codes = blocks.unpack_strided(rows[..., 2:], 1).transpose(-1, -2).flatten(-2)
-        return codes.float(), blocks.without_offset(scale, torch.ones_like(scale))
+    def read(self, rows: Tensor) -> tuple[Tensor, Parameters]:
+        codes, parameters = super().read(rows)
+        return codes, parameters._replace(encode=torch.ones_like(parameters.scale))  # codes are signs: no factor
 
 
 def _fourths_to_bytes(raw: Tensor) -> Tensor:

@@ -11,11 +11,13 @@ from qatana.numerics.storage.bitsandbytes import (
 )
 from qatana.numerics.storage.compressed_tensors import (
     pack_mxfp4,
+    pack_mxfp6,
     pack_mxfp8,
     pack_nvfp4,
     pack_plain,
     pack_quantized,
     unpack_mxfp4,
+    unpack_mxfp6,
     unpack_mxfp8,
     unpack_nvfp4,
     unpack_plain,
@@ -33,7 +35,7 @@ from qatana.numerics.storage.torch_native import (
 
 __all__ = [
     "ELEMENTS", "Nested", "pack_4bit", "pack_8bit", "pack_bitnet", "pack_float4", "pack_float8", "pack_int4_matmul", "pack_mxfp4",
-    "pack_mxfp8", "pack_nvfp4", "pack_onnx", "pack_plain", "pack_quantized", "parameters_4bit", "unpack_4bit", "unpack_8bit",
-    "unpack_bitnet", "unpack_float4", "unpack_float8", "unpack_int4_matmul", "unpack_mxfp4", "unpack_mxfp8", "unpack_nvfp4",
-    "unpack_onnx", "unpack_plain", "unpack_quantized",
+    "pack_mxfp6", "pack_mxfp8", "pack_nvfp4", "pack_onnx", "pack_plain", "pack_quantized", "parameters_4bit", "unpack_4bit",
+    "unpack_8bit", "unpack_bitnet", "unpack_float4", "unpack_float8", "unpack_int4_matmul", "unpack_mxfp4", "unpack_mxfp6",
+    "unpack_mxfp8", "unpack_nvfp4", "unpack_onnx", "unpack_plain", "unpack_quantized",
 ]  # fmt: skip

@@ -78,6 +78,8 @@ def view_scale(stored: Tensor, shape: tuple[int, ...]) -> Tensor:
     stored = stored.float()
     if stored.numel() == 1:
         return stored.reshape(())
+    if stored.ndim != 2 or not stored.numel():
+        raise SchemeError(f"scales of shape {tuple(stored.shape)} do not tile a weight of shape {tuple(shape)}")
     rows, columns = stored.shape
     if columns == 1 and rows == shape[0]:
         return stored

@@ -103,7 +103,7 @@ def pack_8bit(codes: Tensor, absmax: Tensor) -> Tensors:
 
 def unpack_8bit(tensors: Tensors) -> tuple[Tensor, Tensor]:
     """int8 codes (N, K) and SCB (N). The library multiplies a code by SCB and then by 1/127, each rounded: `scale = SCB / 127`
-    gives the same number up to one last place. Raises: SchemeError for layouts of old graphics cards (weight_format > 0)."""
+    gives the same number up to two last places. Raises: SchemeError for layouts of old graphics cards (weight_format > 0)."""
     if "weight" not in tensors or "SCB" not in tensors:
         raise SchemeError(f"a Linear8bitLt has weight and SCB; found: {', '.join(sorted(tensors))}")
     if "weight_format" in tensors and int(tensors["weight_format"]) != 0:

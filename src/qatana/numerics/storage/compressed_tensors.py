@@ -1,4 +1,4 @@
-"""Checkpoint tensors of compressed-tensors (0.20): pack-quantized, int-, float-, mxfp4-, mxfp8- and nvfp4-quantized linears.
+"""Checkpoint tensors of compressed-tensors (0.20): pack-quantized, int-, float-, mxfp4-, mxfp6-, mxfp8- and nvfp4-quantized linears.
 
 Codes are (N, K); `parameters` broadcast against the block view that their granularity gives. The names are those of one
 linear layer; what else a checkpoint needs is the `quantization_config` in config.json. Reference: compressed_tensors/compressors."""
@@ -52,8 +52,10 @@ def unpack_quantized(tensors: Tensors, width: int) -> tuple[Tensor, Parameters]:
         raise SchemeError(f"weight_packed has {codes.shape[0]} rows, weight_shape says {rows}")
     offset = None
     if "weight_zero_point" in tensors:
-        zero = bits.from_words(tensors["weight_zero_point"].t(), rows, width).t()
-        offset = bits.view_scale(zero.to(torch.int16) - half, (rows, columns))
+        zero = tensors["weight_zero_point"]
+        if zero.dtype == torch.int32:  # packed, per channel and group; one zero point for the tensor stays int8
+            zero = bits.from_words(zero.t(), rows, width).t().to(torch.int16) - half
+        offset = bits.view_scale(zero, (rows, columns))
     return codes, bits.parameters(bits.view_scale(stored, (rows, columns)), offset)
 
 
@@ -108,6 +110,17 @@ def unpack_mxfp4(tensors: Tensors) -> tuple[Tensor, Parameters]:
     """E2M1 bit patterns (uint8) and parameters of "mxfp4-pack-quantized" tensors."""
     packed, stored = _take(tensors, "weight_packed", "weight_scale")
     return bits.from_fields(packed, 2 * packed.shape[-1], 4), bits.parameters(_from_e8m0(stored))
+
+
+def pack_mxfp6(codes: Tensor, parameters: Parameters) -> Tensors:
+    """ "mxfp6-pack-quantized": E2M3 patterns, four in three bytes, lowest bits first; weight_scale as in MXFP4."""
+    return {"weight_packed": bits.fields(codes, 6), "weight_scale": _e8m0(parameters.scale)}
+
+
+def unpack_mxfp6(tensors: Tensors) -> tuple[Tensor, Parameters]:
+    """E2M3 bit patterns (uint8) and parameters of "mxfp6-pack-quantized" tensors."""
+    packed, stored = _take(tensors, "weight_packed", "weight_scale")
+    return bits.from_fields(packed, packed.shape[-1] * 4 // 3, 6), bits.parameters(_from_e8m0(stored))
 
 
 def pack_mxfp8(codes: Tensor, parameters: Parameters) -> Tensors:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from qatana.numerics import fake_quantize_by, scheme
+from qatana.numerics import fake_quantize_by, fake_quantize_held, hold, scheme
 
 SCHEMES = {
     "int8 per channel": scheme("int8", "channel", scale="dynamic"),
@@ -58,14 +58,17 @@ def torch_channel(x: torch.Tensor) -> torch.Tensor:
     return torch.fake_quantize_per_channel_affine(x, scale, torch.zeros(len(x), dtype=torch.int32), 0, -127, 127)
 
 
-def cases(rows: int, columns: int) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+def cases(weight: torch.Tensor) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """What a training step does to a weight by each scheme; searches were done before it, and their parameters are held."""
     out: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"torch int8 per channel": torch_channel}
     for name, s in SCHEMES.items():
         if s.scale == "learned":
-            scale = torch.full(
-                s.granularity.scale_shape((rows, columns)), 0.02 if "8" in name[:5] else 0.3, requires_grad=True
-            )
+            start = 0.02 if "8" in name[:5] else 0.3
+            scale = torch.full(s.granularity.scale_shape(weight.shape), start, requires_grad=True)
             out[name] = lambda x, s=s, scale=scale: fake_quantize_by(x, s, scale)
+        elif s.holds:
+            held = hold(weight, s)
+            out[name] = lambda x, s=s, held=held: fake_quantize_held(x, s, held)
         else:
             out[name] = lambda x, s=s: fake_quantize_by(x, s)
     return out
@@ -74,7 +77,7 @@ def cases(rows: int, columns: int) -> dict[str, Callable[[torch.Tensor], torch.T
 def measure(names: list[str], rounds: int) -> dict[str, float]:
     torch.manual_seed(0)
     x, grad = torch.randn(4096, 4096, requires_grad=True), torch.randn(4096, 4096)
-    found = {name: f for name, f in cases(4096, 4096).items() if not names or name in names}
+    found = {name: f for name, f in cases(x.detach()).items() if not names or name in names}
     times: dict[str, list[float]] = {name: [] for name in ["clone", *found]}
     for _ in range(rounds):
         for name, f in found.items():

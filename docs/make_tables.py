@@ -206,15 +206,17 @@ def formats(found: Result) -> str:
         *(f"{name}, dB" for name in tensors),
         "ns",
         "copies",
+        "search",
         "read by",
         "reference",
     ]
-    lines = [head, ["---", "--:", "---", "---", "---", *["--:"] * (len(tensors) + 2), "---", "---"]]
+    lines = [head, ["---", "--:", "---", "---", "---", *["--:"] * (len(tensors) + 3), "---", "---"]]
     for row in found["formats"]:
         errors = [f"{row['sqnr'][name]:.1f}" if row["sqnr"][name] is not None else "exact" for name in tensors]
         lines.append([
             f"`{row['name']}`", f"{row['bits']:.4g}", row["block"], row["scale"], row["range"], *errors,
-            f"{row['ns_per_element']:.2f}", f"{row['copies']:.1f}", row["engines"], row["reference"],
+            f"{row['ns_per_element']:.2f}", f"{row['copies']:.1f}", _number(row.get("search_copies"), "{:.0f}"),
+            row["engines"], row["reference"],
         ])  # fmt: skip
     return f"{_table(lines)}\n\n{found['elements']:,} elements timed on {machine(found)[0]}"
 

@@ -16,7 +16,7 @@ from qatana.quantizer import Quantizer
 DYNAMIC = [
     scheme("int8/channel", scale="dynamic"), scheme("uint4/group32", symmetric=False, scale="dynamic"),
     scheme("int2/group32", scale="dynamic"), scheme("fp8:e4m3/channel", scale="dynamic"), scheme("fp8:e5m2", scale="dynamic"),
-    *map(scheme, ["mxfp8", "mxfp6", "mxfp4", "nvfp4", "nf4", "nf4+double", "fp4", "bitnet", "binary", "gguf:q8_0", "gguf:q4_0"]),
+    *map(scheme, ["mxfp8", "mxfp6", "mxfp4", "nvfp4", "nf4", "nf4+double", "fp4", "bitnet", "binary", "hqq4", "gguf:q8_0", "gguf:q4_0"]),
 ]  # fmt: skip
 LEARNED = [
     scheme("int4/channel", scale="learned"), scheme("fp8:e4m3/channel", scale="learned"), scheme("fp6:e3m2/group32", scale="learned"),

@@ -41,7 +41,8 @@ def formats(
     console.print(_table(found))
     console.print(
         "bits: per weight, scales of blocks included. Errors in dB. ns: fake quantization and its gradient, per element; "
-        "copies: against a copy of the tensor in the same run. --json, and a wide terminal, show all columns",
+        "copies: against a copy of the tensor in the same run. HQQ and K-quants by held parameters; search: what finding them "
+        "takes, once, in copies. --json, and a wide terminal, show all columns",
         style="dim",
     )
 
@@ -50,14 +51,16 @@ def _table(found: dict[str, Any]) -> Table:
     shown = Table(box=None, header_style="bold", pad_edge=False)
     tensors = list(found["tensors"])
     wide = console.width >= WIDE
-    for head in ("format", "bits", *(("block", "scale", "range") if wide else ()), *tensors, "ns", "copies"):
-        shown.add_column(head, justify="right" if head in (*tensors, "bits", "ns", "copies") else "left", no_wrap=True)
+    numbers = (*tensors, "ns", "copies", "search")
+    for head in ("format", "bits", *(("block", "scale", "range") if wide else ()), *numbers):
+        shown.add_column(head, justify="right" if head in ("bits", *numbers) else "left", no_wrap=True)
     for head in ("read by", "reference")[: 1 + wide]:
         shown.add_column(head, overflow="fold")
     for row in found["formats"]:
         errors = [f"{row['sqnr'][name]:.1f}" if row["sqnr"][name] is not None else "exact" for name in tensors]
         what = [row["block"], row["scale"], row["range"]] if wide else []
-        times = [f"{row['ns_per_element']:.2f}", f"{row['copies']:.1f}"]
+        search = row["search_copies"]
+        times = [f"{row['ns_per_element']:.2f}", f"{row['copies']:.1f}", "" if search is None else f"{search:.0f}"]
         readers = [row["engines"], row["reference"]][: 1 + wide]
         shown.add_row(row["name"], f"{row['bits']:.4g}", *what, *errors, *times, *readers)
     return shown

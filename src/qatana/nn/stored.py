@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qatana.numerics import Scheme
-from qatana.numerics.stored import Stored, read_back
+from qatana.numerics.stored import Packed, read_back
 from qatana.quantizer import Quantizer
 
 
@@ -18,7 +18,7 @@ class StoredWeight(nn.Module):
 
     codes: Tensor
 
-    def __init__(self, stored: Stored, scheme: Scheme, shape: Sequence[int], name: str) -> None:
+    def __init__(self, stored: Packed, scheme: Scheme, shape: Sequence[int], name: str) -> None:
         super().__init__()
         self.register_buffer("codes", stored.codes)
         for key, value in zip(("scale", "offset"), stored.parameters, strict=False):

@@ -21,7 +21,7 @@ from qatana.numerics.scales import Parameters
 from qatana.numerics.scheme import Scheme
 
 
-class Stored(NamedTuple):
+class Packed(NamedTuple):
     """codes: bytes (n,), uint8;  parameters: [scale, offset], shaped for the scheme's stack; none where the bytes hold them."""
 
     codes: Tensor
@@ -34,7 +34,7 @@ def store(
     scale: Tensor | None = None,
     offset: Tensor | None = None,
     held: Sequence[Tensor] | None = None,
-) -> Stored:
+) -> Packed:
     """A weight in `scheme`. scale and offset: given ones (static, learned);  held: held parameters;  none of them: from x itself.
 
     Raises: SchemeError, DataError as `quantize_by`."""
@@ -42,11 +42,11 @@ def store(
     if scale is None:
         codes, p = quantize_by(x, scheme, held)
         if isinstance(scheme.format, GgufFormat):
-            return Stored(gguf.grid(scheme.format.name).to_bytes(codes.float(), p).reshape(-1), [])
+            return Packed(gguf.grid(scheme.format.name).to_bytes(codes.float(), p).reshape(-1), [])
     else:
         p = _parameters(scheme, scale, torch.zeros_like(scale) if offset is None else offset)
         codes = scheme.grid.codes(stack_of(x.detach().contiguous(), scheme), p)
-    return Stored(pack(codes.reshape(-1), _width(scheme)), [_narrow(p.scale), _narrow(p.offset)])
+    return Packed(pack(codes.reshape(-1), _width(scheme)), [_narrow(p.scale), _narrow(p.offset)])
 
 
 @torch.library.custom_op("qatana::read_back", mutates_args=())

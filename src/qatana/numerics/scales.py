@@ -102,7 +102,11 @@ class ScaleType:
             if self.name not in ("double", "float32"):
                 scale = limit = self.store(limit)
             return Parameters(scale, zero, limit.clamp(min=1e-38).reciprocal())
-        scale = self.store(largest / torch.full_like(largest, format.largest))
+        limit = largest / torch.full_like(largest, format.largest)
+        if self.name == "float32":  # as small as the numbers are: floats of 1e-40 have a scale, too
+            scale = torch.where(limit > 0, limit, torch.full_like(limit, SMALLEST_SCALE))
+        else:
+            scale = self.store(limit)
         return Parameters(scale, zero, scale)
 
     def _mx(self, largest: Tensor, format: FloatFormat, zero: Tensor) -> Parameters:

@@ -82,6 +82,18 @@ def test_every_format_trains_converts_and_comes_back(weight: str, tmp_path) -> N
     assert size <= model.qatana_plan.predicted_bytes + 64
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weight", ["int8/channel", "nf4+double", "mxfp4", "gguf:q4_k"])
+def test_half_precision_models(weight: str, dtype: torch.dtype, tmp_path) -> None:
+    """Weights are quantized in float32 and multiplied in the model's dtype, in training and in the artifact."""
+    model, batches = quantized(Small().to(dtype), ids(), weight=weight, input="int8/token"), ids()
+    trains(model, batches[0])
+    assert model(batches[0]).dtype == dtype
+    artifact = qt.convert(model)
+    artifact.save(tmp_path / "artifact")
+    qt.verify(model, artifact, tmp_path / "artifact", batches).raise_on_difference()
+
+
 @pytest.mark.parametrize("given", INPUTS)
 def test_inputs_in_any_format(given: str, tmp_path) -> None:
     model, batches = quantized(Small(), ids(), weight="int4/group32", input=given), ids()

@@ -133,7 +133,7 @@ def _slots(layer: nn.Module, *roles: str) -> list[Codes]:
 def stored_weight(quantizer: Quantizer, weight: Tensor) -> StoredWeight:
     """A weight of the free target as it ships."""
     scheme = quantizer.scheme
-    return StoredWeight(store(weight, scheme, **quantizer.given(weight)), scheme, weight.shape, quantizer.name)
+    return StoredWeight(store(weight, scheme, **quantizer.given(weight)), scheme, weight, quantizer.name)
 
 
 def store_linear(layer: Linear) -> nn.Module:

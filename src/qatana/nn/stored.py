@@ -14,23 +14,23 @@ from qatana.quantizer import Quantizer
 
 
 class StoredWeight(nn.Module):
-    """A weight as `store` packed it. Calling it gives the float32 weight of `shape`."""
+    """A weight as `store` packed it. Calling it gives the weight of `shape` in the dtype that it was trained in."""
 
     codes: Tensor
 
-    def __init__(self, stored: Packed, scheme: Scheme, shape: Sequence[int], name: str) -> None:
+    def __init__(self, stored: Packed, scheme: Scheme, weight: Tensor, name: str) -> None:
         super().__init__()
         self.register_buffer("codes", stored.codes)
         for key, value in zip(("scale", "offset"), stored.parameters, strict=False):
             self.register_buffer(key, value)
-        self.scheme, self.shape, self.name = scheme.text, list(shape), name
+        self.scheme, self.shape, self.name, self.dtype = scheme.text, list(weight.shape), name, weight.dtype
 
     def extra_repr(self) -> str:
         return f"{self.scheme}, {tuple(self.shape)}"
 
     def forward(self) -> Tensor:
         parameters = [v for k, v in self.named_buffers() if k != "codes"]
-        return read_back(self.codes, parameters, self.scheme, self.shape, self.name)
+        return read_back(self.codes, parameters, self.scheme, self.shape, self.name).to(self.dtype)
 
 
 class StoredLinear(nn.Module):

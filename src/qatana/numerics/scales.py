@@ -103,10 +103,10 @@ class ScaleType:
                 scale = limit = self.store(limit)
             return Parameters(scale, zero, limit.clamp(min=1e-38).reciprocal())
         limit = largest / torch.full_like(largest, format.largest)
-        if self.name == "float32":  # as small as the numbers are: floats of 1e-40 have a scale, too
-            scale = torch.where(limit > 0, limit, torch.full_like(limit, SMALLEST_SCALE))
-        else:
-            scale = self.store(limit)
+        own = torch.where(
+            limit > 0, limit, torch.full_like(limit, SMALLEST_SCALE)
+        )  # numbers of 1e-40 have a scale, too
+        scale = own if self.name == "float32" else self.store(limit)
         return Parameters(scale, zero, scale)
 
     def _mx(self, largest: Tensor, format: FloatFormat, zero: Tensor) -> Parameters:

@@ -73,7 +73,7 @@ def _step(
 
 def _compare(comparison: Comparison, left: list[Tensor], right: list[Tensor]) -> None:
     for i, (a, b) in enumerate(zip(left, right, strict=True)):
-        comparison.tally(f"output {i}", "output").compare(a, b)
+        comparison.tally(f"output {i}", "output").compare(a.float(), b.float())
         if a.is_floating_point() and a.ndim in (2, 3) and a.shape[-1] > 1:
             comparison.labels_compared += a[..., 0].numel()
             comparison.labels_different += int((a.argmax(-1) != b.argmax(-1)).sum())
@@ -101,4 +101,4 @@ def _compare_weights(model: nn.Module, artifact: Artifact, out: Comparison) -> N
         codes, parameters, *rest = stored[quantizer.name].args
         given: Any = [tensors[str(node.target)] for node in parameters]  # type: ignore[union-attr]
         theirs = stored[quantizer.name].target(tensors[str(codes.target)], given, *rest)  # type: ignore[operator,union-attr]
-        out.tally(quantizer.name, "weight").compare(ours.float().cpu(), theirs)
+        out.tally(quantizer.name, "weight").compare(ours.float().cpu(), theirs.to(ours.dtype).float())

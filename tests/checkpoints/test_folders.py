@@ -44,7 +44,7 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     refused(tmp_path / "absent", "absent does not exist; give a folder")
     refused(tmp_path, "has no .*safetensors; give the folder that save_pretrained wrote")
     (tmp_path / "notes.txt").touch()
-    refused(tmp_path / "notes.txt", r"notes.txt is no folder, \.safetensors or \.gguf file")
+    refused(tmp_path / "notes.txt", r"notes.txt is no folder, \.safetensors, \.gguf or \.onnx file")
     (tmp_path / "model.gguf").touch()
     refused(tmp_path, r"holds GGUF files; read one of them: .*model\.gguf")
 

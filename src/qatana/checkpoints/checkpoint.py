@@ -53,7 +53,7 @@ class Stored:
 class Checkpoint:
     """A file or folder, read.
 
-    writer       "compressed-tensors", "bitsandbytes", "bitnet" or "gguf"
+    writer       "compressed-tensors", "bitsandbytes", "bitnet", "gguf" or "onnx"
     weights      by the model's own names ("model.layers.0.mlp.up_proj.weight"; GGUF's names are its own: "blk.0.ffn_up.weight")
     floats       what is not quantized, as stored: biases, norms, skipped layers
     activations  scales and zero points of activations and key-value caches; no part of a float model's state_dict"""

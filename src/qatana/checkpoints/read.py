@@ -16,6 +16,7 @@ from qatana.checkpoints.compressed_tensors import read_compressed_tensors
 from qatana.checkpoints.folder import read_config, read_safetensors, read_tensors
 from qatana.checkpoints.gguf_file import read_gguf
 from qatana.checkpoints.layers import section
+from qatana.checkpoints.onnx_file import read_onnx
 from qatana.errors import ArtifactError, SchemeError, nearest
 
 Config = dict[str, Any]
@@ -30,24 +31,30 @@ WEIGHTS = ("weight", "proj", "_packed", ".absmax", ".SCB")
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Weights that compressed-tensors, bitsandbytes, Hugging Face BitNet or llama.cpp (GGUF) quantized.
+    """Weights that compressed-tensors, bitsandbytes, Hugging Face BitNet or llama.cpp (GGUF) quantized, or that an ONNX file holds.
 
     path  a folder with config.json and *.safetensors (also in several files), a .safetensors file, or a .gguf file (the first
-          of several: the others are found beside it)
+          of several: the others are found beside it), or an .onnx file
     The writer is `quantization_config.quant_method`; where a config names none, the tensors' own names tell. Safetensors and
-    JSON are all that is read of a folder, and of a GGUF file what the `gguf` package (extra `references`) reads.
+    JSON are all that is read of a folder; of a GGUF file what the `gguf` package (extra `references`) reads, of an ONNX file what
+    the `onnx` package (extra `onnx`) does.
     Raises: ArtifactError for truncated, foreign and unknown files, with the tensor's name; MissingExtra without `gguf`."""
     path = Path(path)
     if not path.exists():
         raise ArtifactError(f"{path} does not exist; give a folder with *.safetensors or a .gguf file")
     if path.suffix == ".gguf":
         return read_gguf(path)
+    if path.suffix == ".onnx":
+        try:
+            return read_onnx(path)
+        except SchemeError as error:
+            raise ArtifactError(f"{path}: {error}") from error
     if path.is_dir():
         config, tensors = read_config(path), read_tensors(path)
     elif path.suffix == ".safetensors":
         config, tensors = read_config(path.parent), read_safetensors(path)
     else:
-        raise ArtifactError(f"{path} is no folder, .safetensors or .gguf file")
+        raise ArtifactError(f"{path} is no folder, .safetensors, .gguf or .onnx file")
     try:
         checkpoint = WRITERS[_writer(config, tensors)](tensors, config)
         _refuse_leftovers(checkpoint)

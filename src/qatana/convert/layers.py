@@ -146,7 +146,7 @@ def store_linear(layer: Linear) -> nn.Module:
 
 
 def store_conv(layer: Conv) -> nn.Module:
-    """The folded weight as codes; a norm that is not folded into codes is folded into nothing."""
+    """The weight as codes, folded with its norm's running statistics."""
     if layer.weight_quantizer is None:
         return layer
     weight, bias, _ = layer.folded()

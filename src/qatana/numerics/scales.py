@@ -103,9 +103,8 @@ class ScaleType:
                 scale = limit = self.store(limit)
             return Parameters(scale, zero, limit.clamp(min=1e-38).reciprocal())
         limit = largest / torch.full_like(largest, format.largest)
-        own = torch.where(
-            limit > 0, limit, torch.full_like(limit, SMALLEST_SCALE)
-        )  # numbers of 1e-40 have a scale, too
+        # Numbers of 1e-40 have a scale, too: only zeros have none.
+        own = torch.where(limit > 0, limit, torch.full_like(limit, SMALLEST_SCALE))
         scale = own if self.name == "float32" else self.store(limit)
         return Parameters(scale, zero, scale)
 

@@ -33,7 +33,7 @@ class Scheme(Protocol):
 
 RULES = ("torchao", "absmean", "hqq")
 SEARCHES = {"hqq": 60, "gguf:q4_k": 70, "gguf:q5_k": 60, "gguf:q6_k": 30}
-"""Formats whose parameters are searched for, and about how many times as long as a copy of the tensor that takes."""
+"""Formats whose parameters are searched for, and about how many times as long as a copy of the tensor that takes on one thread."""
 
 
 def refuse_impossible(scheme: Scheme) -> None:

@@ -27,7 +27,8 @@ def verify_stored(
     batches: Iterable[Any],
     progress: Callable[[int], None] | None,
 ) -> Certificate:
-    """The QAT model, its artifact and the folder that it was saved to: tensors, weights as they read back, and outputs."""
+    """The QAT model, its artifact and the folder that it was saved to: tensors, weights as they read back, and outputs, all of them: labels
+    of padding count here, too."""
     if not path.is_dir():
         raise ArtifactError(
             f"{path}: target '{artifact.target}' is deployed as a folder; give the one that artifact.save(folder) wrote"

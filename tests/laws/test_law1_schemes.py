@@ -1,5 +1,5 @@
-"""Laws 1 and 2 for every scheme: fake_quantize == dequantize(quantize), bit for bit, in every dtype, layout and shape, eager and
-compiled; text, JSON and codes lose nothing."""
+"""Laws 1 and 2 for every scheme: fake_quantize == dequantize(quantize), bit for bit, in every dtype, layout and shape; text, JSON and
+codes lose nothing. Eager mode; compiled code is test_laws_compiled."""
 
 from __future__ import annotations
 
@@ -9,70 +9,33 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.schemes import (
+    DTYPES,
+    FLOATS,
+    GRANULARITIES,
+    INTEGERS,
+    NAMED,
+    RULES,
+    SCALE_TYPES,
+    float_scheme,
+    integer_scheme,
+)
 from support.tensors import bits
 from torch import Tensor
 
 from qatana.errors import DataError
 from qatana.numerics import Scheme, dequantize_by, fake_quantize_by, quantize_by, scheme
-from qatana.numerics.gguf import GRIDS
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-INTEGERS = ["int8", "int4", "int3", "int8n", "int2n", "uint8", "uint5", "uint1", "int1"]
-GRANULARITIES = ["tensor", "channel", "channel1", "token", "group32", "block4x64", "flat48"]
-FLOATS = [
-    "e4m3",
-    "e5m2",
-    "e2m3",
-    "e3m2",
-    "e2m1",
-    "float(3,2)fn",
-    "float(5,7)ieee",
-    "float(2,5)",
-    "nf4",
-    "fp4",
-    "dynamic8",
-]
-MX = ["mxfp8", "mxfp8:e5m2", "mxfp6", "mxfp6:e3m2", "mxfp4"]
-NAMED = [
-    *(scheme(name, rule=rule) for name in MX for rule in ("floor", "ceil", "even", "rceil")),
-    *map(scheme, ["nvfp4", "nf4", "fp4", "nf4+double", "fp4+double", "dynamic8", "bitnet", "binary", "hqq4", "hqq2"]),
-    scheme("nf4+double", rule="cpu"),
-    *(scheme(f"gguf:{name}") for name in sorted(GRIDS) if not name.startswith("q6") and not name.endswith("_k")),
-]  # fmt: skip
-
-
-def _integer(format: str, granularity: str, symmetric: bool, scale_type: str, rule: str) -> Scheme:
-    narrow, one = format.endswith("n"), format in ("int1", "uint1")
-    symmetric = (symmetric or narrow) and not one
-    return Scheme.from_dict(
-        {
-            "format": format,
-            "granularity": granularity,
-            "symmetric": symmetric,
-            "scale": "dynamic",
-            "scale_type": scale_type,
-            "rule": rule,
-        }
-    )
-
-
-scale_types = st.sampled_from(["float32", "float32", "float16", "bfloat16", "e8m0:floor", "e8m0:ceil"])
+scale_types = st.sampled_from(["float32", *SCALE_TYPES])
 integers = st.builds(
-    _integer,
+    integer_scheme,
     st.sampled_from(INTEGERS),
     st.sampled_from(GRANULARITIES),
     st.booleans(),
     scale_types,
-    st.sampled_from(["", "torchao"]),
+    st.sampled_from(RULES),
 )
-floats = st.builds(
-    lambda format, granularity, kept: Scheme.from_dict(
-        {"format": format, "granularity": granularity, "scale": "dynamic", "scale_type": kept}
-    ),
-    st.sampled_from(FLOATS),
-    st.sampled_from(GRANULARITIES),
-    scale_types,
-)
+floats = st.builds(float_scheme, st.sampled_from(FLOATS), st.sampled_from(GRANULARITIES), scale_types)
 schemes = st.one_of(integers, floats, st.sampled_from(NAMED))
 
 

@@ -29,7 +29,7 @@ ACTIVATIONS = tuple(
     for part in ("scale", "zero_point", "global_scale", "g_idx")
 )
 _TYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-_MX_RULES = {"mxfp4": "even", "mxfp6": "even", "mxfp8": "rceil"}
+_RULES = {"mxfp4": "even", "mxfp6": "even", "mxfp8": "rceil", "nvfp4": "compressed-tensors"}
 _PLAIN = (torch.int8, torch.float8_e4m3fn)
 
 
@@ -167,8 +167,8 @@ def _integers(width: int, parameters: Parameters, scale: Tensor, codes: Tensor, 
 
 
 def _grouped(name: str, codes: Tensor, parameters: Parameters) -> Scheme:
-    """The scheme of that name in groups as long as the scales say; MX scales by the rule that the library's observers have."""
-    return scheme(f"{name}/{_granularity(parameters, codes)}", rule=_MX_RULES.get(name))
+    """The scheme of that name in groups as long as the scales say; scales by the rule that the library's observers have."""
+    return scheme(f"{name}/{_granularity(parameters, codes)}", rule=_RULES[name])
 
 
 def _granularity(parameters: Parameters, codes: Tensor) -> str:

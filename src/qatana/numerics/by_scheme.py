@@ -10,6 +10,7 @@ torch.compile and torch.export: one call in the graph, the same bits as in eager
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -31,11 +32,18 @@ def _scheme(text: str) -> Scheme:
 
 def stack_of(x: Tensor, scheme: Scheme) -> Tensor:
     """The stack that the scheme's equations see. GGUF types whose blocks form rows of 256 keep a row together."""
-    stack, format = scheme.granularity.stack(x), scheme.format
-    return stack.view(-1, format.row // format.block, format.block) if isinstance(format, GgufFormat) else stack
+    return x.reshape(stack_shape(x.shape, scheme)) if scheme.is_gguf else scheme.granularity.stack(x)
 
 
-def _part(p: Parameters, piece: slice, rows: int) -> Parameters:
+def stack_shape(shape: Sequence[int], scheme: Scheme) -> tuple[int, ...]:
+    """The shape of the stack of a tensor of `shape`."""
+    format = scheme.format
+    if isinstance(format, GgufFormat):
+        return math.prod(shape) // format.row, format.row // format.block, format.block
+    return scheme.granularity.stack_shape(shape)
+
+
+def part_of(p: Parameters, piece: slice, rows: int) -> Parameters:
     """The parameters of a piece: those that go along the first dimension are cut like it."""
     return p.__class__(*(v[piece] if v.ndim and v.shape[0] == rows and rows > 1 else v for v in p))
 
@@ -95,7 +103,7 @@ def walk(
         view = stack[piece].float()
         if check and not bool(torch.isfinite(view.sum())):
             refuse_not_finite(x)
-        part = grid.solve(view, dims) if p is None else _part(p, piece, stack.shape[0])
+        part = grid.solve(view, dims) if p is None else part_of(p, piece, stack.shape[0])
         values, where = grid.apply(view, part, fits=own, mask=mask)
         out[piece] = values
         if mask:
@@ -156,7 +164,7 @@ _own.register_autograd(_pass_inside, setup_context=_save_inside)
 def _given(x: Tensor, scale: Tensor, offset: Tensor, scheme: str, learned: bool) -> tuple[Tensor, Tensor]:
     """`learned`: x is saved, so no mask is."""
     found = _scheme(scheme)
-    return walk(x.contiguous(), found, _parameters(found, scale, offset), mask=not learned)
+    return walk(x.contiguous(), found, parameters_of(found, scale, offset), mask=not learned)
 
 
 @_given.register_fake
@@ -165,7 +173,7 @@ def _(x: Tensor, scale: Tensor, offset: Tensor, scheme: str, learned: bool) -> t
     return x.new_empty(x.shape), x.new_empty(x.shape if mask else (0,), dtype=torch.bool)
 
 
-def _parameters(scheme: Scheme, scale: Tensor, offset: Tensor) -> Parameters:
+def parameters_of(scheme: Scheme, scale: Tensor, offset: Tensor) -> Parameters:
     """Given scale and offset, shaped for the stack, the scale as its type stores it."""
     shaped = [scheme.granularity.stack_scale(v.detach().float()) for v in (scale, offset)]
     return scheme.grid.of(scheme.scale_type.store(shaped[0]) if scheme.rounds_scale else shaped[0], shaped[1])
@@ -196,12 +204,12 @@ def _gradients(grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, scheme: s
     """Gradients of x and of a learned scale, from x itself: no float tensor is saved but x, which lives anyway."""
     found = _scheme(scheme)
     grid, granularity, dims = found.ranged, found.granularity, found.granularity.stack_dims()
-    p = _parameters(found, scale, offset)
+    p = parameters_of(found, scale, offset)
     stack, upstream = granularity.stack(x.contiguous()), granularity.stack(grad.contiguous())
     grad_x = torch.empty_like(upstream)
     grad_scale = torch.zeros(p.scale.shape, dtype=torch.float64 if dims[0] == 0 else torch.float32, device=x.device)
     for piece in pieces(stack):
-        part = _part(p, piece, stack.shape[0])
+        part = part_of(p, piece, stack.shape[0])
         t = grid.scaled(stack[piece].float(), part)
         level = t.clone()
         inside = grid.round_(level, part, mask=True)
@@ -239,35 +247,3 @@ def fake_quantize_by(x: Tensor, scheme: Scheme, scale: Tensor | None = None, off
     if offset is None:
         offset = torch.full_like(scale, scheme.zero_point, requires_grad=False)
     return _given(x, scale, offset, scheme.text, scale.requires_grad)[0]
-
-
-def quantize_by(x: Tensor, scheme: Scheme, held: Sequence[Tensor] | None = None) -> tuple[Tensor, Parameters]:
-    """Codes of x in the format's storage dtype, shaped like the scheme's stack, and the parameters that read them back.
-
-    held  parameters from `hold`; None: from x itself
-    Raises: SchemeError, DataError as `fake_quantize_by`."""
-    scheme.check(x.shape)
-    with torch.no_grad():
-        x = x.detach().contiguous()
-        refuse_not_finite(x)
-        p = solve(x, scheme) if held is None else scheme.grid.restore(held)
-        refuse_overflow(p, x)
-        stack = stack_of(x, scheme)
-        codes = torch.empty(stack.shape, dtype=scheme.code_dtype, device=x.device)
-        for piece in pieces(stack):
-            codes[piece] = scheme.grid.codes(stack[piece], _part(p, piece, stack.shape[0])).to(scheme.code_dtype)
-    return codes, p
-
-
-def dequantize_by(
-    codes: Tensor,
-    p: Parameters,
-    scheme: Scheme,
-    shape: torch.Size | tuple[int, ...],
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """values(codes) in `shape` and `dtype`."""
-    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    for piece in pieces(codes):
-        out[piece] = scheme.grid.values(codes[piece], _part(p, piece, codes.shape[0]))
-    return scheme.granularity.unview(out, shape)

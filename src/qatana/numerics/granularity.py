@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,16 +91,21 @@ class Granularity:
 
     def stack(self, x: torch.Tensor) -> torch.Tensor:
         """x as tensor (n,), channel (C, n) or (before, C, after), token (rows, K), group or flat (blocks, g), block as its view."""
+        return self.view(x) if self.kind == "flat" else x.reshape(self.stack_shape(x.shape))
+
+    def stack_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the stack of a tensor of `shape`."""
+        n, size = math.prod(shape), self.size
         if self.kind == "tensor":
-            return x.reshape(-1)
+            return (n,)
         if self.kind == "channel":
-            before, after = math.prod(x.shape[: self.axis]), math.prod(x.shape[self.axis + 1 :])
-            return x.reshape(before, x.shape[self.axis], after) if self.axis else x.reshape(x.shape[0], after)
+            before, after = math.prod(shape[: self.axis]), math.prod(shape[self.axis + 1 :])
+            return (before, shape[self.axis], after) if self.axis else (shape[0], after)
         if self.kind == "token":
-            return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        if self.kind == "group":
-            return x.reshape(x.numel() // self.size, self.size)
-        return self.view(x)
+            return math.prod(shape[:-1]), shape[-1]
+        if self.kind == "block":
+            return shape[0] // self.rows, self.rows, shape[1] // size, size
+        return (-(-n // size) if self.kind == "flat" else n // size), size
 
     def stack_dims(self) -> tuple[int, ...]:
         """The dimensions of the stack over which one scale extends."""

@@ -153,10 +153,14 @@ def bound(low: Tensor, high: Tensor) -> Tensor:
 class IntGrid(RangeGrid):
     """Integers with a zero point.   level = clamp(round(t), lo - z, hi - z);  code = level + z.
 
-    rule    scale (m = max |x|)                 zero point                   t
-    ""      m / (hi - z); (high - low)/(hi - lo)  round(lo - low / scale)   x / scale        ONNX, as `affine`
-    torchao m / ((hi - lo) / 2); the same       lo - round(low / scale)      x * (1 / scale), the reciprocal rounded first
-    torchao's scales are at least the smallest normal float32. Ranges take in 0. Reference: Jacob et al. 2018; torchao 0.18."""
+    rule                scale (m = max |x|)                   zero point               t
+    ""                  m / (hi - z); (high - low)/(hi - lo)  round(lo - low / scale)  x / scale        ONNX, as `affine`
+    torchao             m / ((hi - lo) / 2); the same         lo - round(low / scale)  x * (1 / scale), the reciprocal rounded first
+    compressed-tensors  m / ((hi - lo) / 2); the same         round(lo - low / scale)  x / scale
+    Zero points are clamped to lo .. hi, ranges take in 0. torchao's scales are at least the smallest normal float32.
+    compressed-tensors adds an asymmetric zero point before it rounds: code = clamp(round(t + z), lo, hi), which takes ties to even
+    codes, not to even levels; its scale of zeros is the type's eps, and the zero point comes from the scale before its type rounds it.
+    Reference: Jacob et al. 2018; torchao 0.18; compressed-tensors 0.20, `calculate_qparams` and `quantize`."""
 
     format: IntFormat = INT8
     symmetric: bool = True
@@ -165,7 +169,7 @@ class IntGrid(RangeGrid):
 
     @property
     def clips(self) -> bool:
-        return (self.rule == "torchao" and self.symmetric) or self.scale_type.name != "float32"
+        return (self.rule != "" and self.symmetric) or self.scale_type.name != "float32"
 
     @property
     def inverse(self) -> bool:
@@ -186,6 +190,9 @@ class IntGrid(RangeGrid):
             return self.of(scale, torch.full_like(scale, self.zero))
         low, high = low.clamp(max=0), high.clamp(min=0)
         scale = (high - low) / torch.full_like(low, hi - lo)
+        if self.rule == "compressed-tensors":
+            zero = (lo - low / scale).clamp(lo, hi).nan_to_num(nan=self.zero)  # 0 / 0: the range is 0
+            return self.of(self._stored(scale), zero.round_())
         if self.rule:
             scale = self._stored(scale)
             return self.of(scale, (lo - torch.round(low / scale)).clamp(lo, hi))
@@ -195,12 +202,15 @@ class IntGrid(RangeGrid):
         return self.of(self._stored(scale), zero)
 
     def _stored(self, scale: Tensor) -> Tensor:
+        if self.rule == "compressed-tensors":
+            return self.scale_type.store_or_eps(scale)
         if self.rule and self.scale_type.name == "float32":
             return scale.clamp(min=2.0**-126)
         return self.scale_type.store(scale)
 
     def round_(self, t: Tensor, p: Parameters, *, fits: bool = False, mask: bool = False) -> Tensor | None:
-        t.round_()
+        shifted = self.rule == "compressed-tensors" and not self.symmetric
+        t = t.add_(p.offset).round_().sub_(p.offset) if shifted else t.round_()
         if fits and self.symmetric and not self.clips:
             return None
         rounded = t.clone() if mask else t
@@ -223,7 +233,7 @@ class IntGrid(RangeGrid):
 class ScaledGrid(RangeGrid):
     """Minifloats and codebooks, symmetric about 0, with one scale per block by the scale type.
 
-    Floats divide by the scale; two-level scales and codebooks multiply by a reciprocal, as their references do."""
+    Floats divide by the scale; torchao's two-level scales and codebooks multiply by a reciprocal, as their references do."""
 
     format: FloatFormat | Codebook = E4M3
     scale_type: ScaleType = FLOAT32
@@ -238,15 +248,14 @@ class ScaledGrid(RangeGrid):
 
     @property
     def inverse(self) -> bool:
-        return isinstance(self.format, Codebook) or self.scale_type.name == "e4m3"
+        return isinstance(self.format, Codebook) or (self.scale_type.name == "e4m3" and not self.scale_type.rule)
 
     @property
     def clips(self) -> bool:
-        """e8m0 by floor leaves up to 2 * 2^emax; by even only where the largest mantissa is kept for NaN (E4M3FN)."""
-        if isinstance(self.format, Codebook):
-            return self.scale_type.name in ("float16", "bfloat16")
-        if self.scale_type.name != "e8m0":
-            return self.scale_type.name in ("float16", "bfloat16")
+        """e8m0 by floor leaves up to 2 * 2^emax; by even only where the largest mantissa is kept for NaN (E4M3FN). Small scales in
+        E4M3 lose up to a third, where torchao has none below 2^-6."""
+        if isinstance(self.format, Codebook) or self.scale_type.name != "e8m0":
+            return str(self.scale_type) in ("float16", "bfloat16", "e4m3:compressed-tensors")
         return self.scale_type.rule in ("", "floor") or (self.scale_type.rule == "even" and self.format.special == "fn")
 
     def statistics(self, view: Tensor, dims: Dims = (-1,)) -> Statistics:

@@ -30,6 +30,7 @@ class HqqGrid(LevelGrid):
     """code = clamp(round(x * s + z), 0, hi);  x_hat = (code - z) * (1 / s).   Parameters: scale 1/s, offset z, encode s."""
 
     format: IntFormat = UINT4
+    round_zero: bool = False
 
     @property
     def local(self) -> bool:
@@ -53,7 +54,8 @@ class HqqGrid(LevelGrid):
         width = high - low
         s = width.reciprocal() * hi  # two roundings, as the reference's number / tensor
         s = torch.where(width.abs() <= 1e-4, torch.ones_like(s), s).clamp(max=2e4)
-        z = self._zero(view, s, -low * s, dims)
+        first = -low * s
+        z = self._zero(view, s, first.round() if self.round_zero else first, dims)
         return Parameters(s.reciprocal(), z, s)
 
     def _zero(self, x: Tensor, s: Tensor, z: Tensor, dims: Dims) -> Tensor:

@@ -17,7 +17,7 @@ def pack(codes: Tensor, format: IntFormat) -> Tensor:
     """Codes (*lead, n), one per byte, to bytes (*lead, ceil(n * bits / 8)); signed codes in two's complement.
 
     Raises: SchemeError if a code lies outside the format."""
-    if codes.numel() and (int(codes.min()) < format.lo or int(codes.max()) > format.hi):
+    if codes.numel() and not codes.is_meta and (int(codes.min()) < format.lo or int(codes.max()) > format.hi):
         raise SchemeError(f"codes {int(codes.min())}..{int(codes.max())} do not fit {format}")
     raw = (codes.detach().to(torch.int16) & (2**format.bits - 1)).to(torch.uint8)
     if 8 % format.bits == 0:

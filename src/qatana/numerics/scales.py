@@ -2,7 +2,7 @@
 
 float32, float16, bfloat16   scale = largest |x| of the block / largest value of the format, rounded to the type
 e8m0     a power of two, 2^-127 .. 2^127, by one of four rules (OCP Microscaling Formats 1.0, section 6.3; NVIDIA cuBLAS)
-e4m3     two levels (NVFP4): an E4M3 scale per block in units of one float32 scale of the tensor
+e4m3     two levels (NVFP4): an E4M3 scale per block in units of one float32 scale of the tensor, as torchao or compressed-tensors
 double   two levels (bitsandbytes): largest |x| minus its mean, itself quantized to 8 bits in blocks of 256"""
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ SCALE_TYPES = {
     "float16": ("",),
     "bfloat16": ("",),
     "e8m0": ("", "floor", "ceil", "even", "rceil"),
-    "e4m3": ("",),
+    "e4m3": ("", "compressed-tensors"),
     "double": ("", "cpu"),
 }
+EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+"""Scale of zeros as compressed-tensors has it: the distance from 1 to the next number of the type."""
 _E4M3 = FloatFormat(4, 3, "fn")
 
 
@@ -89,13 +91,21 @@ class ScaleType:
             return _power_of_two(_exponent(scale, up=self.rule in ("ceil", "rceil")))
         raise SchemeError(f"scale type {self.name} has two levels: its scales follow from the whole tensor")
 
+    def store_or_eps(self, scale: Tensor) -> Tensor:
+        """A float32 scale >= 0 as the type (float32, float16, bfloat16) holds it, its `EPS` where that is 0."""
+        if self.name == "float16":
+            scale = stored_half(scale.clamp(max=65504.0))
+        elif self.name == "bfloat16":
+            scale = _upper_half(scale)
+        return torch.where(scale > 0, scale, torch.full_like(scale, EPS[self.name]))
+
     def parameters(self, largest: Tensor, format: FloatFormat | Codebook) -> Parameters:
         """Parameters from the largest |x| of each block, for formats symmetric about 0."""
         zero = torch.zeros_like(largest)
         if self.name == "e8m0" and isinstance(format, FloatFormat):
             return self._mx(largest, format, zero)
         if self.name == "e4m3":
-            return _two_level(largest, format, zero)
+            return (_two_level_inverse if self.rule else _two_level)(largest, format, zero)
         if isinstance(format, Codebook):
             limit = largest / torch.full_like(largest, format.largest) if format.largest != 1 else largest
             scale = _doubled(limit, self.rule == "cpu") if self.name == "double" else limit
@@ -103,9 +113,8 @@ class ScaleType:
                 scale = limit = self.store(limit)
             return Parameters(scale, zero, limit.clamp(min=1e-38).reciprocal())
         limit = largest / torch.full_like(largest, format.largest)
-        # Numbers of 1e-40 have a scale, too: only zeros have none.
-        own = torch.where(limit > 0, limit, torch.full_like(limit, SMALLEST_SCALE))
-        scale = own if self.name == "float32" else self.store(limit)
+        # Numbers of 1e-40 have a scale, too: only zeros have none, and get compressed-tensors'.
+        scale = self.store_or_eps(limit) if self.name == "float32" else self.store(limit)
         return Parameters(scale, zero, scale)
 
     def _mx(self, largest: Tensor, format: FloatFormat, zero: Tensor) -> Parameters:
@@ -156,6 +165,18 @@ def _two_level(largest: Tensor, format: FloatFormat | Codebook, zero: Tensor) ->
     g = torch.where(g > SMALLEST_SCALE, g, torch.full_like(g, SMALLEST_SCALE))
     s = _E4M3.round_((largest / most / g).clamp_(2.0**-6, _E4M3.largest))
     return Parameters(g * s, zero, g.reciprocal() / s)
+
+
+def _two_level_inverse(largest: Tensor, format: FloatFormat | Codebook, zero: Tensor) -> Parameters:
+    """G = (448 * largest value) * (1 / max |x| of the tensor), 1 where that overflows;  s = e4m3(min(G * (m / largest value), 448)),
+    1/8 where that is 0;  scale = s / G. x is divided by it. Reference: compressed-tensors 0.20, `generate_gparam`, `calculate_qparams`."""
+    most = torch.full_like(largest, format.largest)
+    whole = largest.amax() if largest.numel() else largest.new_zeros(())
+    inverse = whole.clamp(min=2.0**-126).reciprocal() * (_E4M3.largest * format.largest)
+    inverse = torch.where(torch.isinf(inverse), torch.ones_like(inverse), inverse)
+    s = _E4M3.round_((inverse * (largest / most)).clamp_(max=_E4M3.largest))
+    scale = torch.where(s > 0, s, torch.full_like(s, 0.125)) / inverse
+    return Parameters(scale, zero, scale)
 
 
 def _doubled(limit: Tensor, cpu: bool) -> Tensor:

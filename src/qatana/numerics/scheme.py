@@ -35,8 +35,9 @@ class Scheme:
     range       the estimator that calibration uses: minmax, moving_average, percentile, mse, entropy
     fixed       (scale, zero_point) known beforehand, e.g. a softmax output: (1/255, 0); no calibration
     scale_type  in which numbers the scales are stored: float32, float16, bfloat16, e8m0, e4m3 (two levels), double
-    rule        "" the format's own equation; integers also: "torchao" (its rounding of scale and quotient), "absmean" (ternary with
-                the mean magnitude, BitNet), "hqq" (a float zero point by half-quadratic search)
+    rule        "" the format's own equation; integers also: "torchao", "compressed-tensors" (their rounding of scale, zero point
+                and code), "absmean" (ternary with the mean magnitude, BitNet), "hqq" (a float zero point by half-quadratic search;
+                "hqq:round" begins it at a whole number, as hqq does with 4 bits)
     text        what `str` gives and `parse` reads;  grid: the equations
     takes_scale whether its parameters are a scale and a zero point, which can be given (static, learned)
     holds       they are more than that (two levels, minima, a search) and static: solved once by `hold`, then kept
@@ -62,7 +63,7 @@ class Scheme:
         if self.range not in RANGES:
             raise SchemeError(f"unknown range estimator '{self.range}'{nearest(str(self.range), RANGES)}")
         # Plain attributes, so that torch.compile reads constants where it would have to trace their making.
-        mean = self.rule in ("absmean", "hqq") or str(self.format) == "binary"
+        mean = self.rule in ("absmean", "hqq", "hqq:round") or str(self.format) == "binary"
         object.__setattr__(self, "takes_scale", not self.is_gguf and self.scale_type.local and not mean)
         object.__setattr__(self, "holds", not self.takes_scale and self.scale == "static" and self.fixed is None)
         refuse_impossible(self)
@@ -83,6 +84,13 @@ class Scheme:
                 f"{self} has no integer codes with a zero point; an integer product needs a scheme like 'int8'"
             )
         return self.format
+
+    @property
+    def integer_grid(self) -> IntGrid:
+        """The grid of an integer scheme. Raises: SchemeError as `integer`."""
+        assert self.integer
+        assert isinstance(self.grid, IntGrid)
+        return self.grid
 
     @property
     def ranged(self) -> RangeGrid:
@@ -120,7 +128,7 @@ class Scheme:
         if isinstance(self.format, GgufFormat):
             return self.format.bits_per_element
         size = self.granularity.size * (self.granularity.rows or 1)
-        zero_point = 0 if self.symmetric else 32 if self.rule == "hqq" else self.format.bits
+        zero_point = 0 if self.symmetric else 32 if self.rule.startswith("hqq") else self.format.bits
         return self.format.bits + ((self.scale_type.bits + zero_point) / size if size else 0)
 
     def check(self, shape: torch.Size | tuple[int, ...], name: str = "tensor") -> None:
@@ -216,8 +224,8 @@ def _grid(scheme: Scheme) -> Grid:
     if isinstance(format, IntFormat):
         if scheme.rule == "absmean":
             return MeanGrid(block, format)
-        if scheme.rule == "hqq":
-            return HqqGrid(block, format)
+        if scheme.rule.startswith("hqq"):
+            return HqqGrid(block, format, scheme.rule == "hqq:round")
         return IntGrid(block, format, scheme.symmetric, scheme.scale_type, scheme.rule)
     assert isinstance(format, (FloatFormat, Codebook))
     if isinstance(format, Codebook) and format.name == "binary":

@@ -31,8 +31,8 @@ class Scheme(Protocol):
     def takes_scale(self) -> bool: ...
 
 
-RULES = ("torchao", "absmean", "hqq")
-SEARCHES = {"hqq": 60, "gguf:q4_k": 70, "gguf:q5_k": 60, "gguf:q6_k": 30}
+RULES = ("torchao", "compressed-tensors", "absmean", "hqq", "hqq:round")
+SEARCHES = {"hqq": 60, "hqq:round": 60, "gguf:q4_k": 70, "gguf:q5_k": 60, "gguf:q6_k": 30}
 """Formats whose parameters are searched for, and about how many times as long as a copy of the tensor that takes on one thread."""
 
 
@@ -123,13 +123,15 @@ def _rules(scheme: Scheme) -> None:
         raise SchemeError(
             f"rule 'absmean' is BitNet's for ternary weights: use the format 'int2n', not '{scheme.format}'"
         )
-    if scheme.rule == "hqq" and (
+    if scheme.rule.startswith("hqq") and (
         scheme.symmetric or scheme.format.signed or scheme.granularity.kind not in ("group", "channel")
     ):
         raise SchemeError(
             "rule 'hqq' has a float zero point per group: use an unsigned format, symmetric=False, 'group64'"
         )
-    if scheme.rule != "torchao" and scheme.scale_type.name != "float32":
+    if scheme.rule == "compressed-tensors" and scheme.scale_type.name == "e8m0":
+        raise SchemeError(f"rule '{scheme.rule}' stores float32, float16 or bfloat16 scales, not {scheme.scale_type}")
+    if scheme.rule in ("absmean", "hqq", "hqq:round") and scheme.scale_type.name != "float32":
         raise SchemeError(f"rule '{scheme.rule}' stores float32 scales, not {scheme.scale_type}")
 
 

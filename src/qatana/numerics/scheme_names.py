@@ -39,6 +39,9 @@ NAMES = {
     "hqq4": _Name(("uint4",), "group64", rule="hqq", scale="static"),
     "hqq3": _Name(("uint3",), "group64", rule="hqq", scale="static"),
     "hqq2": _Name(("uint2",), "group64", rule="hqq", scale="static"),
+    "compressed-tensors": _Name(
+        ("int4", "int8", "int2", "int3", "int5", "int6", "int7"), "group128", rule="compressed-tensors"
+    ),
 }
 
 
@@ -57,9 +60,10 @@ def scheme(
     """A scheme from its written parts.
 
     name         "<format or short name>[:variant][+double][/granularity]": "int8", "uint4/group32", "mxfp8:e5m2", "nf4+double",
-                 "fp8:e4m3/token", "gguf:q4_0"; or everything that `str(scheme)` writes
+                 "fp8:e4m3/token", "gguf:q4_0", "compressed-tensors:int4" (its W4A16); or everything that `str(scheme)` writes
     granularity  "tensor" (default), "channel", "token", "group32", "block16x32", "flat64";  group=32 says "group32"
-    rule         of the scale type where that has one ("floor", "ceil", "even", "rceil"; "cpu" for double), else of the format
+    rule         of the scale type where that has one ("floor", "ceil", "even", "rceil"; "cpu" for double; "compressed-tensors" for
+                 nvfp4), else of the format
 
     `scheme("int4", group=128, symmetric=False)`, `scheme("uint8", symmetric=False)`, `scheme("mxfp4", rule="rceil")`.
     Raises: SchemeError for unknown names and impossible combinations."""
@@ -72,7 +76,7 @@ def scheme(
     if extra and extra != "double":
         raise SchemeError(f"unknown part '+{extra}' of a scheme's name; known: '+double' (nf4, fp4)")
     kept = ScaleType.parse(scale_type or ("double" if extra else parts.scale_type))
-    if rule is not None and kept.name in ("e8m0", "double"):
+    if rule is not None and kept.name in ("e8m0", "e4m3", "double"):
         kept, rule = ScaleType(kept.name, rule), None
     if scale is None:
         scale = "dynamic" if written == "token" else parts.scale

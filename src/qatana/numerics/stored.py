@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from qatana.numerics import gguf
-from qatana.numerics.by_scheme import _parameters, _scheme, dequantize_by, quantize_by, stack_of
+from qatana.numerics.by_scheme import _scheme, parameters_of, stack_of
 from qatana.numerics.formats import GgufFormat, IntFormat
 from qatana.numerics.packing import pack, unpack
 from qatana.numerics.scales import Parameters
 from qatana.numerics.scheme import Scheme
+from qatana.numerics.to_codes import dequantize_by, quantize_by
 
 
 class Packed(NamedTuple):
@@ -36,15 +37,18 @@ def store(
     held: Sequence[Tensor] | None = None,
 ) -> Packed:
     """A weight in `scheme`. scale and offset: given ones (static, learned);  held: held parameters;  none of them: from x itself.
+    Of a tensor on the meta device: places on that device that a file is loaded into.
 
     Raises: SchemeError, DataError as `quantize_by`."""
     scheme.check(x.shape)
+    if x.is_meta:
+        return _places(x, scheme)
     if scale is None:
         codes, p = quantize_by(x, scheme, held)
         if isinstance(scheme.format, GgufFormat):
             return Packed(gguf.grid(scheme.format.name).to_bytes(codes.float(), p).reshape(-1), [])
     else:
-        p = _parameters(scheme, scale, torch.zeros_like(scale) if offset is None else offset)
+        p = parameters_of(scheme, scale, torch.zeros_like(scale) if offset is None else offset)
         codes = scheme.grid.codes(stack_of(x.detach().contiguous(), scheme), p)
     return Packed(pack(codes.reshape(-1), _width(scheme)), [_narrow(p.scale), _narrow(p.offset)])
 
@@ -64,6 +68,16 @@ def read_back(codes: Tensor, parameters: Sequence[Tensor], scheme: str, shape: S
 @read_back.register_fake
 def _(codes, parameters, scheme, shape, name):
     return codes.new_empty(list(shape), dtype=torch.float32)
+
+
+def _places(x: Tensor, scheme: Scheme) -> Packed:
+    """What `store` gives for a tensor without data: the codes' length is known, how narrow the parameters are is in the file."""
+    if isinstance(scheme.format, GgufFormat):
+        grid = gguf.grid(scheme.format.name)
+        return Packed(x.new_empty(x.numel() // grid.row * grid.row_bytes, dtype=torch.uint8), [])
+    length = -(-stack_of(x, scheme).numel() * _width(scheme).bits // 8)
+    places = [x.new_empty((), dtype=torch.float32) for _ in range(2)]
+    return Packed(x.new_empty(length, dtype=torch.uint8), places)
 
 
 def _width(scheme: Scheme) -> IntFormat:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -75,7 +78,37 @@ def parse_format(name: str) -> Format:
     return IntFormat.parse(name)
 
 
+Values = TypeVar("Values", bound=Codebook | Callable[[], Iterable[float]])
+
+
+def register_format(values: Values) -> Values:
+    """A number format of your own, by the name under which schemes write it from then on: "quarters/group32".
+
+    values  a function that returns the values in the order of their codes, 2 to 256 of them: the format is called like it, and a value
+            is what its float32 is. Or a Codebook, which has its own name and rules for ties
+    Scales map the largest |value| of a block to the largest of the table. A file that holds the format is read where it is registered.
+    Raises: SchemeError for a name that is taken or not a plain word, and for values that make no table."""
+    book = values
+    if not isinstance(book, Codebook):
+        numbers = torch.tensor(list(values()), dtype=torch.float32).tolist()  # type: ignore[operator]
+        book = Codebook(getattr(values, "__name__", ""), tuple(numbers))
+    if not re.fullmatch(r"[a-z][a-z0-9_-]*", book.name):
+        raise SchemeError(f"a format's name is lower-case letters, digits and '_', not '{book.name}'")
+    if CODEBOOKS.get(book.name) != book and _is_known(book.name):
+        raise SchemeError(f"the number format '{book.name}' exists already; take another name")
+    CODEBOOKS[book.name] = book
+    return values
+
+
+def _is_known(name: str) -> bool:
+    try:
+        parse_format(name)
+    except SchemeError:
+        return False
+    return True
+
+
 __all__ = [
     "BINARY", "CODEBOOKS", "DYNAMIC8", "DYNAMIC8_CPU", "FP4", "NF4", "Codebook", "FloatFormat", "Format",
-    "GgufFormat", "IntFormat", "parse_format",
+    "GgufFormat", "IntFormat", "parse_format", "register_format",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from qatana.numerics import accumulate
+from qatana.numerics import accumulate, coded_attention
 from qatana.numerics import engine as engine_named
 from qatana.quantizer import Quantizer
 
@@ -32,12 +32,44 @@ class AttentionProducts(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float = 0.0
     ) -> Tensor:
+        if self._on_codes(mask):
+            return self._codes(query, key, value, mask, scaling, dropout if self.training else 0.0)
         scores = self._scores(query, key, scaling)
         if mask is not None:
             scores = scores + mask
         probabilities = torch.softmax(scores, dim=-1)
         probabilities = nn.functional.dropout(probabilities, dropout, self.training)
         return self._context(probabilities, value)
+
+    def _on_codes(self, mask: Tensor | None) -> bool:
+        """Whether both products run on codes as one operator: all quantizers integer and static, no gradient for the mask, none for the
+        scales of probabilities and context."""
+        p, y = self.probability_quantizer, self.context_quantizer
+        operands = (self.query_quantizer, self.key_quantizer, self.value_quantizer, p)
+        fixed = not (p is not None and p.learned) and (
+            y is None or (_integers(y) and not y.learned and not y.observing)
+        )
+        return all(_integers(x) for x in operands) and fixed and (mask is None or not mask.requires_grad)
+
+    def _codes(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float
+    ) -> Tensor:
+        qq, qk, qv, qp, qy = (
+            self.query_quantizer, self.key_quantizer, self.value_quantizer, self.probability_quantizer, self.context_quantizer,
+        )  # fmt: skip
+        assert qq is not None
+        assert qk is not None
+        assert qv is not None
+        assert qp is not None
+        operands = qq.encode(query), qk.encode(key), qv.encode(value)
+        y = None if qy is None else qy.affine()
+        out, codes = coded_attention.attention(
+            *operands, mask, scaling, dropout, qp.affine(), y, self.engine.name, keep=qp.tap is not None
+        )
+        qp.record(codes, torch.zeros(()))
+        if qy is not None:
+            qy.record_values(out)
+        return out
 
     def _scores(self, query: Tensor, key: Tensor, scaling: float) -> Tensor:
         qq, qk = self.query_quantizer, self.key_quantizer

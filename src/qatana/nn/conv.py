@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qatana.errors import ModelError
-from qatana.numerics import Scheme, accumulate, quantize_gradient
+from qatana.nn import recompute
+from qatana.numerics import Scheme, accumulate, coded_conv, quantize_gradient
 from qatana.numerics import engine as engine_named
+from qatana.numerics.integer_sums import Geometry
 from qatana.quantizer import Quantizer
 
 SMALLEST_FACTOR = 1e-8
@@ -32,7 +34,8 @@ class Conv(nn.Module):
     input_quantizer, other_quantizer (of the summand), output_quantizer. The float layers keep their places and state_dict keys:
     `batch_norm` is referred to, not owned.
 
-    gradient  scheme of the gradient of y, rounded stochastically, from which all others are computed; None: as it comes"""
+    gradient  scheme of the gradient of y, rounded stochastically, from which all others are computed; None: as it comes
+    channels_last  training lays x and y in memory channels last, which kernels on codes are faster in"""
 
     def __init__(self, conv: nn.Module, batch_norm: nn.Module | None, relu: bool, engine: str) -> None:
         super().__init__()
@@ -40,12 +43,14 @@ class Conv(nn.Module):
         if source.padding_mode != "zeros":
             raise ModelError(f"a convolution with padding_mode '{source.padding_mode}' has no integer form; skip it")
         self.weight, self.bias = source.weight, source.bias
+        self.kernel_size: Sequence[int] = source.kernel_size
         self.stride: Sequence[int] = source.stride
         self.dilation: Sequence[int] = source.dilation
         self.groups: int = source.groups
         self.padding: Sequence[int] = _explicit_padding(source)
         self.relu = relu
         self.freeze_batch_norm = False
+        self.channels_last = False
         self.engine = engine_named(engine)
         self._batch_norm = (batch_norm,)
         self.weight_quantizer: Quantizer | None = None
@@ -87,10 +92,13 @@ class Conv(nn.Module):
             return False
         used = [q for q in (w, i, o, r) if q is not None]
         per_channel = w.scheme.granularity.kind == "tensor" or str(w.scheme.granularity) == "channel"
+        per_channel = per_channel and w.scheme.symmetric
         known = all(q.scheme.scale != "dynamic" for q in used if q is not w)
         return per_channel and known and all(q.enabled and q.has_levels for q in used)
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        if self.channels_last and self.training and x.ndim == 4 and self.integer:
+            x = x.contiguous(memory_format=torch.channels_last)
         y = self._forward(x, other)
         return y if self.gradient is None else quantize_gradient(y, self.gradient)
 
@@ -105,6 +113,11 @@ class Conv(nn.Module):
         assert w is not None
         assert i is not None
         assert o is not None
+        if other is None and not o.learned and not o.observing:
+            operands = i.encode(x), w.encode_weight(weight), bias
+            return o.floats(
+                *coded_conv.convolution_requantized(*operands, self.geometry, self.engine.name, o.affine(), self.relu)
+            )
         if i.observing:
             i.observe(x.detach())
         levels, x_scale, _ = i.activation_levels(x)
@@ -136,10 +149,26 @@ class Conv(nn.Module):
         assert factor is not None
         smallest = torch.where(factor < 0, -SMALLEST_FACTOR, SMALLEST_FACTOR)
         factor = torch.where(factor.abs() < SMALLEST_FACTOR, smallest, factor)
-        y = self._convolve(self._input(x), self._weight(weight), None) / factor.view(self.tail)
-        if self.bias is not None:
-            y = y + self.bias.view(self.tail)
+        if self.integer:
+            y = self._codes(x, weight, torch.ones_like(factor) / factor)
+        else:
+            y = self._convolve(self._input(x), self._weight(weight), None) / factor.view(self.tail)
+            y = y if self.bias is None else y + self.bias.view(self.tail)
         return self._finish(norm(y), other)
+
+    def _codes(self, x: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
+        """conv(x_hat, W'_hat) * factor + b on integers, float output."""
+        assert self.input_quantizer is not None
+        assert self.weight_quantizer is not None
+        operands = self.input_quantizer.encode(x), self.weight_quantizer.encode_weight(weight), self.bias, factor
+        y = coded_conv.convolution(*operands, self.geometry)
+        if recompute.pays(y, self.weight[0].numel()):
+            recompute.note(y, coded_conv.convolution_again(*operands, self.geometry))
+        return y
+
+    @property
+    def geometry(self) -> Geometry:
+        return Geometry(list(self.stride), list(self.padding), list(self.dilation), self.groups)
 
     def _input(self, x: Tensor) -> Tensor:
         return x if self.input_quantizer is None else self.input_quantizer(x)
@@ -158,9 +187,10 @@ class Conv(nn.Module):
         return y + (other if self.other_quantizer is None else self.other_quantizer(other))
 
     def _finish(self, y: Tensor, other: Tensor | None) -> Tensor:
-        y = self._sum(y, other)
-        y = y.relu() if self.relu else y
-        return y if self.output_quantizer is None else self.output_quantizer(y)
+        y, out = self._sum(y, other), self.output_quantizer
+        if out is None:
+            return y.relu() if self.relu else y
+        return out.after_relu(y) if self.relu else out(y)
 
 
 def _explicit_padding(conv: Any) -> list[int]:

@@ -8,10 +8,12 @@ differ by ulps)"""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qatana.numerics import Scheme, accumulate, quantize_gradient
+from qatana.nn import recompute
+from qatana.numerics import Scheme, products, quantize_gradient
 from qatana.numerics import engine as engine_named
 from qatana.quantizer import Quantizer
 
@@ -61,27 +63,24 @@ class Linear(nn.Module):
     def _integers(self, x: Tensor) -> Tensor:
         assert self.input_quantizer is not None
         assert self.weight_quantizer is not None
-        if self.input_quantizer.observing:
-            self.input_quantizer.observe(x.detach())
-        levels, x_scale, x_zero_point = self.input_quantizer.activation_levels(x)
-        weight, w_scale = self.weight_quantizer.weight_levels(self.weight)
-        codes = self.input_quantizer.scheme.integer
-        acc = accumulate.linear(levels, weight, codes.hi - codes.lo)
-        s32 = x_scale * w_scale.reshape(-1)
-        if self.input_quantizer.scheme.scale == "dynamic":
-            y = acc.float() * s32
-            return y if self.bias is None else y + self.bias
-        bias = None if self.bias is None else self.engine.bias_term(self.bias, s32)
+        operands = self.input_quantizer.encode(x), self.weight_quantizer.encode_weight(self.weight), self.bias
         out = self.output_quantizer
+        if self.input_quantizer.scheme.scale == "dynamic":
+            y = products.linear(*operands, products.DYNAMIC)
+            if recompute.pays(y, self.in_features):
+                recompute.note(y, products.linear_again(*operands, products.DYNAMIC))
+            return y
         if out is None or not out.enabled:
-            y = self.engine.linear(acc, s32, bias)
+            y = products.linear(*operands, self.engine.name)
+            if out is None and recompute.pays(y, self.in_features):
+                recompute.note(y, products.linear_again(*operands, self.engine.name))
             return y if out is None else out(y)
         if out.observing:
-            out.observe(self.engine.linear(acc, s32, bias).detach())
-        parameters = out.affine(acc.shape)
-        y = self.engine.linear_levels(acc, s32, bias, parameters, x_zero_point)
-        out.record(y, parameters.zero_point)
-        return y * parameters.scale
+            out.observe(products.linear(*operands, self.engine.name).detach())
+        parameters = out.affine(torch.Size([*x.shape[:-1], self.out_features]))
+        y = products.linear_requantized(*operands, self.engine.name, parameters, out.learned)
+        out.record_values(y)
+        return y
 
     def _float(self, x: Tensor) -> Tensor:
         x = x if self.input_quantizer is None else self.input_quantizer(x)

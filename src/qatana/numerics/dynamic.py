@@ -22,13 +22,18 @@ def dynamic_tensor(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     low = min(0, min x), high = max(0, max x);  scale = (high - low) / 255 (1 if equal);
     zero_point = round(clamp(0 - low / scale, 0, 255));  level = clamp(round(x / scale) + zero_point, 0, 255) - zero_point
     Returns levels (*shape), scale (), zero_point (), float32. The scale has no gradient."""
-    with torch.no_grad():
-        low, high = torch.aminmax(x.detach().float())
-        low, high = low.clamp(max=0), high.clamp(min=0)
-        scale = (high - low) / torch.full_like(low, 255)
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        zero_point = torch.round((0 - low / scale).clamp(0, 255))
+    scale, zero_point = dynamic_parameters(x)
     return round_clamp(x.float() / scale, 0 - zero_point, 255 - zero_point), scale, zero_point
+
+
+@torch.no_grad()
+def dynamic_parameters(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of `dynamic_tensor`, float32 scalars."""
+    low, high = torch.aminmax(x.detach().float())
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = (high - low) / torch.full_like(low, 255)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return scale, torch.round((0 - low / scale).clamp(0, 255))
 
 
 def dynamic_blocks(x: Tensor, size: int) -> tuple[Tensor, Tensor]:

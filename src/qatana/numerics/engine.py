@@ -8,13 +8,13 @@ The formulas are measured: docs/numerics.md names the engine versions and the te
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qatana.errors import SchemeError
-from qatana.numerics.affine import replace_forward, round_clamp
+from qatana.numerics.affine import number, replace_forward, round_clamp
 
 
 class Affine(NamedTuple):
@@ -56,14 +56,27 @@ class Engine:
         """QuantizeLinear: rint(x / scale) + zero_point, saturated."""
         return y.clamp_levels(x.float() / y.scale)
 
+    def encode(self, x: Tensor, y: Affine, relu: bool, mask: bool) -> tuple[Tensor, Tensor | None]:
+        """Codes of x, or of max(x, 0), as floats, and where x was inside the range (and above 0), if asked for. No gradient."""
+        unclamped = (x.float() / y.scale).round_().add_(y.zero_point)
+        zero = number(y.zero_point)
+        lowest: Any = y.lo
+        if relu:
+            lowest = zero.clamp(min=y.lo) if isinstance(zero, Tensor) else max(y.lo, zero)
+        codes = unclamped.clamp(lowest, y.hi)
+        if not mask:
+            return codes, None
+        inside = unclamped.eq(codes)
+        return codes, inside.logical_and_(x > 0) if relu else inside
+
     def bias_term(self, bias: Tensor, s32: Tensor) -> Tensor:
         """The bias as the accumulator takes it: int32 of scale s32, rint(bias / s32)."""
         limit = 2.0**31 - 2**7
         return round_clamp(bias.float() / s32, -limit, limit)
 
-    def linear(self, acc: Tensor, s32: Tensor, bias: Tensor | None) -> Tensor:
-        """Float output: f32(acc + b) * s32, with `bias` from `bias_term` and acc + b exact."""
-        return _sum(acc, bias) * s32
+    def linear(self, acc: Tensor, s32: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """Float output: f32(acc + b) * s32, with `bias` from `bias_term` and acc + b exact.   out: where to write it (may be acc)."""
+        return torch.mul(_sum(acc, bias, out), s32, out=out)
 
     def linear_levels(
         self, acc: Tensor, s32: Tensor, bias: Tensor | None, y: Affine, x_zero_point: Tensor | int
@@ -92,19 +105,21 @@ class Engine:
     def add_levels(self, a: Tensor, pa: Affine, b: Tensor, pb: Affine, y: Affine) -> Tensor:
         """QLinearAdd on levels a, b: r = f32(s / y_scale); fix = zy - fma(ra, za, f32(rb * zb));
         code = sat(rint(fma(A, ra, fma(B, rb, fix)))) on codes A = a + za, B = b + zb (zero point inside the rounding)."""
-        surrogate = y.clamp_levels((a * pa.scale + b * pb.scale) / y.scale)
+        surrogate = y.clamp_levels((a * pa.scale + b * pb.scale) / y.scale) if torch.is_grad_enabled() else None
         with torch.no_grad():
             ra, rb = pa.scale / y.scale, pb.scale / y.scale
             fix = y.zero_point - fma(ra, pa.zero_point, rb * pb.zero_point)
             value = fma(a + pa.zero_point, ra, fma(b + pb.zero_point, rb, fix))
             exact = torch.round(value).clamp(y.lo, y.hi) - y.zero_point
-        return replace_forward(surrogate, exact)
+        return exact if surrogate is None else replace_forward(surrogate, exact)
 
     def average_pool_levels(self, total: Tensor, count: Tensor | int, x: Affine, y: Affine) -> Tensor:
         """QLinearGlobalAveragePool: rint(f32(S) * f32(x_scale / f32(y_scale * n))) + zero_point, S the exact sum of levels."""
         return y.clamp_levels(total * (x.scale / (y.scale * count)))
 
 
-def _sum(acc: Tensor, bias: Tensor | None) -> Tensor:
+def _sum(acc: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     """f32(acc + bias), one rounding: both are exact (integers below 2^24, or a float64 accumulator)."""
-    return acc.float() if bias is None else (acc + bias).float()
+    if bias is None:
+        return acc.float()
+    return torch.add(acc, bias, out=out if acc.dtype == torch.float32 else None).float()

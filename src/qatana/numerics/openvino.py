@@ -65,14 +65,19 @@ class OpenVino(Engine):
             exact = Bounds.of(y).levels(x.float(), y)
         return _with_gradient(surrogate, exact)
 
+    def encode(self, x: Tensor, y: Affine, relu: bool, mask: bool) -> tuple[Tensor, Tensor | None]:
+        """As the base's, by this engine's `levels`."""
+        inside = super().encode(x, y, relu, True)[1] if mask else None
+        return self.levels(x.relu() if relu else x, y).add_(y.zero_point), inside
+
     def bias_term(self, bias: Tensor, s32: Tensor) -> Tensor:
         """The bias as the file has it: float32, on no grid."""
         return bias.float()
 
-    def linear(self, acc: Tensor, s32: Tensor, bias: Tensor | None) -> Tensor:
+    def linear(self, acc: Tensor, s32: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
         """Float output: f32(acc * s32) + b."""
-        y = acc.float() * s32
-        return y if bias is None else y + bias
+        y = torch.mul(acc.float(), s32, out=out)
+        return y if bias is None else torch.add(y, bias, out=out)
 
     def linear_levels(
         self, acc: Tensor, s32: Tensor, bias: Tensor | None, y: Affine, x_zero_point: Tensor | int

@@ -14,7 +14,8 @@ SHARE = 64
 
 
 def pieces(stack: Tensor) -> Iterator[slice]:
-    """Slices of the first dimension."""
+    """Slices of the first dimension, which begin at multiples of 8 where they hold as many (masks have 8 elements to a byte)."""
     size = min(LARGE, max(SMALL, stack.numel() // SHARE))
     rows = max(1, size * stack.shape[0] // max(1, stack.numel()))
+    rows -= rows % 8 if rows > 8 else 0
     return (slice(start, start + rows) for start in range(0, stack.shape[0], rows))

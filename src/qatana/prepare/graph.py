@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from qatana.nn.conv import Conv
 from qatana.nn.elementwise import Add, GlobalAveragePool
@@ -204,10 +205,31 @@ def prepare_graph(model: nn.Module, plan: Plan) -> fx.GraphModule:
         new = _build(site, layer, norm, builder.engine)
         builder.fill(new, site.name, getattr(layer, "weight", None) if site.kind != "pool" else None)
         _install(graph_module, site, new.train(graph_module.training))
+    _free_layout(graph_module)
     graph_module.graph.eliminate_dead_code()
     graph_module.graph.lint()
     graph_module.recompile()
     return graph_module
+
+
+def _free_layout(graph_module: fx.GraphModule) -> None:
+    """Let convolutions lay activations in memory channels last while training: views become reshapes, outputs come as they would have."""
+    for module in graph_module.modules():
+        if isinstance(module, Conv):
+            module.channels_last = True
+    for node in graph_module.graph.nodes:
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
+        elif node.op == "call_method" and node.target == "view" and not isinstance(node.args[1], torch.dtype):
+            node.target = "reshape"
+    graph_module.register_forward_hook(_contiguous)
+
+
+def _contiguous(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Outputs of four dimensions in the order of their shape, as a float model gives them."""
+    if not module.training:
+        return output
+    return pytree.tree_map(lambda y: y.contiguous() if isinstance(y, torch.Tensor) and y.ndim == 4 else y, output)
 
 
 def _build(site: Site, layer: Any, norm: nn.Module | None, engine: str) -> nn.Module:

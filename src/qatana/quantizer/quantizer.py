@@ -6,6 +6,7 @@ so state_dict, deepcopy, pickle and safetensors work, and loading never derives 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from qatana.errors import ModelError
 from qatana.numerics import Affine, IntFormat, Parameters, Scheme, engine, fake_quantize_by, levels, scale_gradient
-from qatana.numerics.dynamic import at_run_time, dynamic_blocks, dynamic_tensor
+from qatana.numerics.coded import Coded, decode, encode, encode_weight, origin_of
+from qatana.numerics.dynamic import at_run_time, dynamic_blocks, dynamic_parameters, dynamic_tensor
 from qatana.numerics.held import fake_quantize_held, held_shapes, hold
 from qatana.numerics.parameters import SMALLEST_SCALE
 from qatana.quantizer.ranges import Range, weight_parameters
@@ -48,6 +50,7 @@ class Quantizer(nn.Module):
         self.enabled, self.observing = False, False
         self.lifted = False
         self.tap: Callable[[str, Tensor], None] | None = None
+        self._last: tuple[weakref.ref[Tensor], tuple[int, ...], Coded] | None = None
         scale, zero = scheme.fixed or (1.0, scheme.zero_point)
         initial = torch.full(scale_shape, float(scale))
         if scheme.scale == "learned" and scheme.fixed is None:
@@ -77,8 +80,10 @@ class Quantizer(nn.Module):
 
     # -- calibration -----------------------------------------------------------------------------------------------
     def observe(self, x: Tensor) -> None:
-        """Take one batch of an activation into account (no effect on weights and on fixed or dynamic scales)."""
-        if self.range is not None:
+        """Take one batch of an activation into account (no effect on weights and on fixed or dynamic scales). Gradient checkpointing runs
+        a forward pass again inside the backward pass: the same batch does not count twice."""
+        inside_backward = torch._C._current_graph_task_id() != -1  # what torch.utils.checkpoint itself asks
+        if self.range is not None and not inside_backward:
             self.range.update(x, self.name)
 
     @torch.no_grad()
@@ -185,6 +190,96 @@ class Quantizer(nn.Module):
         self.record(out, zero)
         return out, scale
 
+    def after_relu(self, x: Tensor) -> Tensor:
+        """x_hat of max(x, 0): what `self(x.relu())` gives, in one operator where codes allow it, which keeps bits for both."""
+        if not self._on_codes or self.learned or self.observing:
+            return self(x.relu())
+        return self._float_of(self.encode(x, relu=True)).to(x.dtype)
+
+    @property
+    def _on_codes(self) -> bool:
+        """Whether an activation goes by way of int8 codes of one scale."""
+        return (
+            self.enabled and not self.is_weight and self.has_levels and self.scheme.granularity.kind == "tensor"
+        )  # fmt: skip
+
+    def floats(self, place: Tensor, codes: Tensor) -> Tensor:
+        """y_hat of codes on this quantizer's grid that an operator computed, with their place in the graph."""
+        format = self._integers()
+        origin = origin_of(format.lo)
+        found = Coded(place, codes, self.scale.detach(), self.zero_point - origin, format, origin)
+        if self.tap is not None:
+            self.tap(self.name, found.own_codes())
+        return self._float_of(found)
+
+    def _float_of(self, found: Coded) -> Tensor:
+        """x_hat as floats; who encodes them again gets the codes they came from."""
+        y = decode(found)
+        if not torch.compiler.is_compiling():
+            self._keep(y, found)
+        return y
+
+    def encode(self, x: Tensor, relu: bool = False) -> Coded:
+        """An activation as codes: what integer products take. Observes first, if observing. The codes of the tensor seen last are kept as
+        long as it lives: layers that read one tensor quantize it once.
+
+        Raises: ModelError before calibration, and where the scheme has no integer codes."""
+        if self.observing:
+            self.observe(x.detach())
+        found = self._recent(x)
+        if found is not None:
+            return found
+        if self.scheme.scale == "dynamic":
+            scale, zero = dynamic_parameters(x)
+        else:
+            self._integers()
+            self._require_calibrated()
+            scale, zero = self._used_scale(math.prod(x.shape[1:])), self.zero_point
+        found = encode(x, scale, zero, self.scheme, self.engine.name, relu)
+        if self.tap is not None:
+            self.tap(self.name, found.own_codes())
+        if not (relu or torch.compiler.is_compiling()):
+            self._keep(x, found)
+        return found
+
+    def _recent(self, x: Tensor) -> Coded | None:
+        """The codes of x, if it is the tensor encoded last and nothing has changed since."""
+        if self._last is None or self.tap is not None or torch.compiler.is_compiling() or x.is_inference():
+            return None
+        seen, state, found = self._last
+        return found if seen() is x and state == self._state(x) else None
+
+    def _keep(self, x: Tensor, found: Coded) -> None:
+        """Keep codes as long as x lives and no gradient went through them: a second backward pass needs a graph of its own. Not those of
+        a leaf that wants a gradient: its graph would keep it alive."""
+        self._last = None
+        if x.is_inference() or (x.is_leaf and x.requires_grad):
+            return
+        self._last = (weakref.ref(x, self._forget), self._state(x), found)
+        if found.hat.requires_grad:
+            owner = weakref.ref(self)
+            found.hat.register_hook(lambda grad: _forget_last(owner()))
+
+    def _forget(self, seen: object) -> None:
+        if self._last is not None and self._last[0] is seen:
+            self._last = None
+
+    def _state(self, x: Tensor) -> tuple[int, ...]:
+        """What the codes of x depend on besides its identity."""
+        return x._version, self.scale._version, self.zero_point._version, torch.is_grad_enabled(), x.requires_grad
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_last": None}  # type: ignore[misc]
+
+    def encode_weight(self, weight: Tensor) -> Coded:
+        """A weight as levels."""
+        self._integers()
+        given = () if self.scheme.scale == "dynamic" else self.weight_parameters(weight)
+        found = encode_weight(weight, self.scheme, *given)
+        if self.tap is not None:
+            self.tap(self.name, found.own_codes())
+        return found
+
     def activation_levels(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Levels of an activation, with the scale and zero point used (dynamic ones come from x itself)."""
         if self.scheme.scale == "dynamic":
@@ -204,14 +299,21 @@ class Quantizer(nn.Module):
         if self.tap is not None:
             self.tap(self.name, (values.detach() + zero_point).to(self.scheme.format.dtype))
 
+    def record_values(self, y: Tensor) -> None:
+        """`record` of values on the grid of a static scale."""
+        if self.tap is not None:
+            self.record(torch.round(y.detach() / self.scale.detach()), self.zero_point)
+
     def forward(self, x: Tensor) -> Tensor:
         """x_hat in the dtype and shape of x; x itself while disabled. Observes first, if observing."""
-        if self.observing and not self.is_weight:
+        if self.observing and not self.is_weight and not self._on_codes:
             self.observe(x.detach())
         if not self.enabled:
             return x
         if not self.has_levels:
             return self.by_scheme(x)
+        if self._on_codes:
+            return self._float_of(self.encode(x)).to(x.dtype)
         if self.is_weight:
             out, scale = self.weight_levels(x)
         else:
@@ -227,6 +329,11 @@ class Quantizer(nn.Module):
             return fake_quantize_held(x, self.scheme, self.held.parameters_of())
         elements = x.numel() // max(1, self.scale.numel()) if self.is_weight else max(1, x[:1].numel())
         return fake_quantize_by(x, self.scheme, self._used_scale(elements), self.zero_point)
+
+
+def _forget_last(quantizer: Quantizer | None) -> None:
+    if quantizer is not None:
+        quantizer._last = None
 
 
 class Held(nn.Module):

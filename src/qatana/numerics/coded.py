@@ -1,0 +1,303 @@
+"""Fake quantization that keeps codes instead of floats.
+
+    x_hat = (code - zero_point) * scale         what the layer multiplies; it is never written as a float tensor
+    d x_hat / d x = 1 inside the range, 0 outside;    d x_hat / d scale as in `by_scheme`         (straight-through, LSQ)
+
+A Coded tensor is x_hat as one byte per element. Its place in the autograd graph is `hat`, a tensor of x's shape without storage: an
+operator on Coded operands reads the codes and sends the gradient of x_hat to `hat`. For the backward pass one bit per element is
+kept, none where a range cannot clip, and x itself only where a learned scale needs it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qatana.errors import SchemeError
+from qatana.numerics.by_scheme import needs_mask, parameters_of, part_of, solve, stack_of
+from qatana.numerics.engine import Affine
+from qatana.numerics.engines import engine as engine_named
+from qatana.numerics.formats import IntFormat
+from qatana.numerics.masks import apply_mask, everywhere, length, nothing_clipped, pack_mask
+from qatana.numerics.pieces import pieces
+from qatana.numerics.scheme import Scheme
+
+
+class Coded(NamedTuple):
+    """A fake-quantized tensor, x_hat = (codes - zero_point) * scale.
+
+    hat         its place in the graph: x's shape, float32, stride 0; holds no numbers
+    codes       int8, x's shape
+    scale       float32, of the granularity's scale shape; the gradient of a learned one goes through hat
+    zero_point  float32 integers of the same shape
+    format      the integer format
+    origin      codes + origin are the format's own codes: 128 for unsigned activations, which integer products take as signed
+    source      the float weight, where it is a parameter: it lives anyway, so the backward pass encodes it again instead of keeping codes
+    scheme      of the weight, as text"""
+
+    hat: Tensor
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    format: IntFormat
+    origin: int
+    source: Tensor | None = None
+    scheme: str = ""
+
+    @property
+    def bound(self) -> int:
+        """The largest |level| whatever the zero point."""
+        return self.format.hi - self.format.lo
+
+    def levels(self) -> Tensor:
+        """codes - zero_point, float32: a new tensor."""
+        return self.codes.float() - self.zero_point
+
+    def own_codes(self) -> Tensor:
+        """The format's codes in its storage dtype."""
+        return self.codes if not self.origin else (self.codes.to(torch.int16) + self.origin).to(self.format.dtype)
+
+
+def origin_of(lo: int) -> int:
+    """What activations' codes lack, by the format's lowest one: unsigned codes are shifted so that they fit int8."""
+    return 0 if lo < 0 else 128
+
+
+@lru_cache(maxsize=1024)
+def _scheme(text: str) -> Scheme:
+    return Scheme.parse(text)
+
+
+def place(x: Tensor) -> Tensor:
+    """A tensor of x's shape without storage."""
+    return torch.zeros((), dtype=torch.float32, device=x.device).expand(x.shape)
+
+
+def memory_order(x: Tensor) -> list[int]:
+    """The order of x's dimensions in memory (that of its shape, where it has gaps or overlaps)."""
+    order = sorted(range(x.ndim), key=lambda d: (-x.stride(d), d))
+    return order if x.permute(order).is_contiguous() else list(range(x.ndim))
+
+
+def in_memory_order(x: Tensor) -> tuple[Tensor, list[int]]:
+    """x with its dimensions in memory order, contiguous: a transposed or channels-last tensor is walked as it lies."""
+    order = memory_order(x)
+    return x.permute(order).contiguous(), order
+
+
+def _like(flat: Tensor, dense: Tensor, order: list[int]) -> Tensor:
+    """flat values in memory order -> the tensor."""
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return flat.view(dense.shape).permute(back)
+
+
+# -- activations: one scale per tensor, the engine's rounding -----------------------------------------------------------
+@torch.library.custom_op("qatana::encode", mutates_args=())
+def _encode(
+    x: Tensor, scale: Tensor, zero_point: Tensor, scheme: str, engine: str, learned: bool, relu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    format, arithmetic = _scheme(scheme).integer, engine_named(engine)
+    y = Affine(scale, zero_point, format.lo, format.hi)
+    dense, order = in_memory_order(x)
+    flat = dense.reshape(-1)
+    codes = torch.empty(flat.shape, dtype=torch.int8, device=x.device)
+    inside = everywhere(0 if learned else flat.numel(), x.device)
+    fits = learned or (not relu and _fits(flat, y))
+    origin = origin_of(format.lo)
+    with torch.no_grad():
+        for piece in pieces(flat):
+            found, where = arithmetic.encode(flat[piece].float(), y, relu, not fits)
+            codes[piece] = found.sub_(origin) if origin else found
+            if where is not None:
+                inside[piece.start // 8 : length(piece.stop)] = pack_mask(where)
+    return place(x), _like(codes, dense, order), inside
+
+
+def _fits(flat: Tensor, y: Affine) -> bool:
+    """Whether no element of x leaves the range."""
+    if not flat.numel():
+        return True
+    ends = torch.round(torch.stack(torch.aminmax(flat)).float() / y.scale).add_(y.zero_point)
+    return bool((ends[0] >= y.lo) & (ends[1] <= y.hi))
+
+
+@_encode.register_fake
+def _(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: str, engine: str, learned: bool, relu: bool):
+    dense, order = in_memory_order(x)
+    codes = torch.empty(x.numel(), dtype=torch.int8, device=x.device)
+    bits = torch.empty(0 if learned else length(x.numel()), dtype=torch.uint8, device=x.device)
+    return place(x), _like(codes, dense, order), bits
+
+
+def _save_encode(ctx, inputs, output) -> None:
+    x, scale, zero_point, ctx.scheme, _, ctx.learned, _ = inputs
+    _, codes, inside = output
+    ctx.dtype, ctx.order = x.dtype, memory_order(x)
+    ctx.mark_non_differentiable(codes, inside)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*((x, scale, zero_point) if ctx.learned else (inside,)))
+
+
+def _encode_backward(ctx, grad: Tensor | None, *_: Tensor | None):
+    none = (None,) * 5
+    if grad is None:
+        return None, None, *none
+    if ctx.learned:
+        x, scale, zero_point = ctx.saved_tensors
+        found = torch.ops.qatana.fake_quantize_gradients(grad.to(x.dtype), x, scale, zero_point, ctx.scheme)
+        return *found, *none
+    return masked(grad, ctx.saved_tensors[0], ctx.order).to(ctx.dtype), None, *none
+
+
+_encode.register_autograd(_encode_backward, setup_context=_save_encode)
+
+
+def encode(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme, engine: str, relu: bool = False) -> Coded:
+    """An activation as codes: those of `Engine.levels`.   x (*shape) of any float dtype and strides; scale, zero_point ().
+
+    Computes in float32 and keeps 1 bit per element (and x where the scale is learned).
+    relu  encode max(x, 0); the bits then hold where x > 0, too, so that nothing else is kept for the ReLU. Not with a learned scale."""
+    learned = scale.requires_grad
+    if relu and learned:
+        raise SchemeError("a ReLU and a learned scale cannot be one operator: apply the ReLU before")
+    hat, codes, _ = _encode(x, scale, zero_point, scheme.text, engine, learned, relu)
+    origin = origin_of(scheme.integer.lo)
+    return Coded(hat, codes, scale.detach(), zero_point - origin, scheme.integer, origin)
+
+
+@torch.library.custom_op("qatana::decode", mutates_args=())
+def _decode(hat: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    dense, order = in_memory_order(codes)
+    flat = dense.reshape(-1)
+    out = torch.empty(flat.shape, dtype=torch.float32, device=codes.device)
+    for piece in pieces(flat):
+        part = out[piece]
+        part.copy_(flat[piece]).sub_(zero_point).mul_(scale)
+    return _like(out, dense, order)
+
+
+@_decode.register_fake
+def _(hat: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    dense, order = in_memory_order(codes)
+    return _like(torch.empty(codes.numel(), dtype=torch.float32, device=codes.device), dense, order)
+
+
+_decode.register_autograd(lambda ctx, grad: (grad, None, None, None))
+
+
+def decode(x: Coded) -> Tensor:
+    """x_hat as floats, float32. Keeps nothing for the backward pass.   Scale and zero point per tensor."""
+    return _decode(x.hat, x.codes, x.scale, x.zero_point)
+
+
+# -- weights: scales per channel, tensor or group, from the values or given -----------------------------------------------
+@torch.library.custom_op("qatana::encode_weight", mutates_args=())
+def _encode_weight(
+    w: Tensor, scale: Tensor | None, offset: Tensor | None, scheme: str, learned: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    found = _scheme(scheme)
+    grid, granularity, dims = found.integer_grid, found.granularity, found.granularity.stack_dims()
+    dense = w.contiguous()
+    stack = stack_of(dense, found)
+    own = scale is None or offset is None
+    p = None if own else parameters_of(found, scale, offset)  # type: ignore[arg-type]
+    p = solve(dense, found) if own and (dims[0] == 0 or not stack.numel()) else p
+    codes = torch.empty(stack.shape, dtype=torch.int8, device=w.device)
+    masked = not learned and needs_mask(found, own)
+    inside = torch.ones(stack.shape if masked else (0,), dtype=torch.uint8, device=w.device)
+    scales = []
+    for piece in pieces(stack):
+        view = stack[piece].float()
+        part = grid.solve(view, dims) if p is None else part_of(p, piece, stack.shape[0])
+        t = grid.scaled(view, part)
+        where = grid.round_(t, part, fits=own, mask=masked)
+        codes[piece] = t
+        if where is not None:
+            inside[piece] = where
+        scales.append(part.scale)
+    scale = p.scale if p is not None else torch.cat(scales)
+    return (
+        place(w),
+        granularity.unview(codes, w.shape),
+        pack_mask(inside),
+        scale.reshape(_scale_shape(w, found)).clone(),
+    )
+
+
+def _scale_shape(w: Tensor, scheme: Scheme) -> tuple[int, ...]:
+    return scheme.granularity.scale_shape(w.shape)
+
+
+@_encode_weight.register_fake
+def _(w: Tensor, scale: Tensor | None, offset: Tensor | None, scheme: str, learned: bool):
+    found = _scheme(scheme)
+    masked = not learned and needs_mask(found, scale is None)
+    device = w.device
+    return (
+        place(w),
+        torch.empty(w.shape, dtype=torch.int8, device=device),
+        torch.empty(length(w.numel()) if masked else 0, dtype=torch.uint8, device=device),
+        torch.empty(_scale_shape(w, found), dtype=torch.float32, device=device),
+    )
+
+
+def _save_weight(ctx, inputs, output) -> None:
+    w, scale, offset, ctx.scheme, ctx.learned = inputs
+    ctx.dtype, ctx.order = w.dtype, list(range(w.ndim))
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*((w, scale, offset) if ctx.learned else (output[2],)))
+
+
+def _weight_backward(ctx, grad: Tensor | None, *_: Tensor | None):
+    if grad is None:
+        return None, None, None, None, None
+    if ctx.learned:
+        w, scale, offset = ctx.saved_tensors
+        found = torch.ops.qatana.fake_quantize_gradients(grad.to(w.dtype), w, scale, offset, ctx.scheme)
+        return *found, None, None, None
+    return masked(grad, ctx.saved_tensors[0], ctx.order).to(ctx.dtype), None, None, None, None
+
+
+_encode_weight.register_autograd(_weight_backward, setup_context=_save_weight)
+
+
+def encode_weight(w: Tensor, scheme: Scheme, scale: Tensor | None = None, zero_point: Tensor | None = None) -> Coded:
+    """A weight as levels (zero point 0), by a symmetric integer scheme.   w (*shape) of any float dtype and strides.
+
+    scale, zero_point  of `granularity.scale_shape(w.shape)`; None: from the values of w themselves
+    Raises: SchemeError for schemes whose codes are no integers around one zero point."""
+    if not scheme.symmetric:
+        raise SchemeError(f"'{scheme}': a weight in an integer product has zero point 0; use symmetric=True")
+    learned = scale is not None and scale.requires_grad
+    hat, codes, _, used = _encode_weight(w, scale, zero_point, scheme.text, learned)
+    source = w.detach() if w.is_leaf else None
+    return Coded(hat, codes, used, torch.zeros_like(used), scheme.integer, scheme.zero_point, source, scheme.text)
+
+
+def encode_again(w: Tensor, scale: Tensor, scheme: str) -> Tensor:
+    """The codes that `encode_weight` gave, from the same weight and the scale that it used."""
+    offset = torch.full_like(scale, _scheme(scheme).zero_point)
+    return torch.ops.qatana.encode_weight(w, scale, offset, scheme, True)[1]
+
+
+# -- both ------------------------------------------------------------------------------------------------------------------
+@torch.library.custom_op("qatana::apply_mask", mutates_args=())
+def _apply_mask(grad: Tensor, inside: Tensor, order: list[int]) -> Tensor:
+    """grad, 0 where bits of `inside`, in memory order of the encoded tensor, are 0."""
+    dense = grad.permute(order)
+    return _like(apply_mask(dense.contiguous().reshape(-1), inside), dense, order)
+
+
+@_apply_mask.register_fake
+def _(grad: Tensor, inside: Tensor, order: list[int]) -> Tensor:
+    return _like(grad.new_empty(grad.numel()), grad.permute(order), order)
+
+
+def masked(grad: Tensor, inside: Tensor, order: list[int]) -> Tensor:
+    """grad, 0 where bits of `inside` (in the memory order of the encoded tensor) are 0; grad itself where none are or there are none."""
+    if type(inside) is Tensor and not torch.compiler.is_compiling() and nothing_clipped(inside):  # no traced tensor
+        return grad
+    return torch.ops.qatana.apply_mask(grad, inside, order) if inside.shape[0] else grad

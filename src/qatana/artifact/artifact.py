@@ -44,7 +44,7 @@ class Artifact:
                 tensor = _find(graph_module, str(node.target)).detach().contiguous()
                 node.target = str(node.target).removeprefix("model.")
                 tensors[node.target] = tensor
-        names = [node.name for node in graph_module.graph.nodes if node.op == "placeholder"]
+        placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
         args, kwargs = plan.example_inputs
         inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         config = {
@@ -54,7 +54,7 @@ class Artifact:
             "recipe": plan.recipe.to_dict(),
             "plan": [row.to_dict() for row in plan.rows],
             "float_bytes": plan.float_bytes,
-            "inputs": [_describe(name, x) for name, x in zip(names, inputs, strict=True)],
+            "inputs": [_describe(node, x) for node, x in zip(placeholders, inputs, strict=True)],
         }
         return cls(decode_graph(encode_graph(graph_module.graph), tensors), config)
 
@@ -167,10 +167,14 @@ def _find(module: Any, target: str) -> Tensor:
     return module
 
 
-def _describe(name: str, x: Tensor) -> dict[str, Any]:
+def _describe(node: fx.Node, x: Tensor) -> dict[str, Any]:
+    """An input of the graph; a dimension that its capture had to fix is not listed as dynamic."""
     sequence = x.ndim == 2 and not x.is_floating_point()
     dynamic = {"0": "batch"} | ({"1": "sequence"} if sequence else {})
-    return {"name": name, "dtype": str(x.dtype).removeprefix("torch."), "shape": list(x.shape), "dynamic": dynamic}
+    traced = node.meta.get("val")
+    if isinstance(traced, Tensor):
+        dynamic = {axis: name for axis, name in dynamic.items() if not isinstance(traced.shape[int(axis)], int)}
+    return {"name": node.name, "dtype": str(x.dtype).removeprefix("torch."), "shape": list(x.shape), "dynamic": dynamic}
 
 
 def _example(x: dict[str, Any], batch: int, sequence: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,30 +16,49 @@ from qatana.batch import split_inputs
 from qatana.convert.layers import CONVERTERS, STORERS
 from qatana.convert.simplify import simplify
 from qatana.errors import ModelError
-from qatana.nn import Conv, Linear
+from qatana.nn import Conv, Foreign, Linear
 from qatana.quantizer import quantizers
 from qatana.recipe import Plan
 
 
-def integer_model(model: nn.Module) -> nn.Module:
-    """A copy of a QAT model in eval mode whose quantized layers are integer layers; the QAT model is not touched.
+def integer_model(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """A QAT model in eval mode whose quantized layers are integer layers: a copy, or with `inplace` the model itself. Tied weights
+    that are quantized alike stay one.
 
     Raises: ModelError if it was not calibrated."""
     found = quantizers(model)
     if not found:
         raise ModelError("the model has no quantizers; call qatana.prepare(model, plan) first")
-    copied = copy.deepcopy(model).eval()
+    copied = (model if inplace else copy.deepcopy(model)).eval()
+    stored: dict[int, nn.Module] = {}
     converters = STORERS if plan_of(model).recipe.resolved.free else CONVERTERS
-    for name, layer in list(copied.named_modules()):
+    made: dict[nn.Module, nn.Module] = {}
+    for name, layer in list(copied.named_modules(remove_duplicate=False)):
         if isinstance(layer, (Linear, Conv)):
             layer.gradient = None  # a matter of training
-        converter = (CONVERTERS if getattr(layer, "integer", False) else converters).get(type(layer))
-        if converter is None or not any(v is not None for k, v in _slots(layer)):
+        known = CONVERTERS if getattr(layer, "integer", False) else converters
+        converter = next((known[cls] for cls in type(layer).__mro__ if cls in known), None)
+        if converter is None or not (isinstance(layer, Foreign) or any(v is not None for k, v in _slots(layer))):
             continue
         parent, _, leaf = name.rpartition(".")
-        with torch.no_grad():
-            setattr(copied.get_submodule(parent) if parent else copied, leaf, converter(layer))
+        if layer not in made:
+            with torch.no_grad():
+                made[layer] = converter(layer)
+            _tie(made[layer], layer, stored)
+        setattr(copied.get_submodule(parent) if parent else copied, leaf, made[layer])
     return copied
+
+
+def _tie(new: nn.Module, layer: Any, stored: dict[int, nn.Module]) -> None:
+    """One place for the codes of a weight that several layers have in common, with one quantizer: the first layer has it as a submodule,
+    the others by a plain attribute, so that files name it once."""
+    weight = new._modules.get("weight")
+    if weight is None:
+        return
+    first = stored.setdefault(id(layer.weight_quantizer), weight)
+    if first is not weight:
+        del new._modules["weight"]
+        new.__dict__["weight"] = first
 
 
 def _slots(layer: nn.Module) -> list[tuple[str, Any]]:
@@ -52,6 +72,9 @@ def convert(model: nn.Module, example_inputs: Any = None) -> Artifact:
                     free."""
     plan = plan_of(model)
     args, kwargs = plan.example_inputs if example_inputs is None else split_inputs(example_inputs, model)
+    if not (args or kwargs):
+        raise ModelError("the plan was made by names alone; give convert(model, example_inputs) a batch")
+    plan = replace(plan, example_inputs=(args, kwargs))
     graph_module = capture_integers(integer_model(model), args, kwargs)
     return Artifact.from_graph(graph_module, plan)
 
@@ -89,21 +112,30 @@ def plain_outputs(out: Any) -> Any:
 def capture_integers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.GraphModule:
     """The graph of a converted model, its inputs named like the model's arguments.
 
-    torch.export with a free batch (it needs two examples: one is taken for a constant) and a free sequence."""
+    torch.export with a free batch (it needs two examples: one is taken for a constant) and a free sequence; a model that fixes one of
+    them (by a learned table of positions, say) gets a graph for that size."""
     fixed = {name: value for name, value in kwargs.items() if not isinstance(value, torch.Tensor)}
     kwargs = {name: value for name, value in kwargs.items() if name not in fixed}
     inputs = tuple(_two(x.cpu()) for x in (*args, *kwargs.values()))
-    shapes = {"args": tuple(_free(x) for x in inputs)}
+    caller = _Positional(model.cpu(), list(kwargs), fixed)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # third-party deprecations inside torch.export and transformers
-        program = torch.export.export(
-            _Positional(model.cpu(), list(kwargs), fixed), inputs, dynamic_shapes=shapes, strict=False
-        )
+        from torch._dynamo.exc import UserError  # here: it loads what only exporting needs
+
+        try:
+            program = _export(caller, inputs, torch.export.Dim.DYNAMIC)
+        except UserError:
+            program = _export(caller, inputs, torch.export.Dim.AUTO)
         program = program.run_decompositions({})  # the same operators, none of them in place: x += y becomes a sum
         graph_module = program.module(check_guards=False)
     _name_inputs(graph_module.graph, input_names(args, kwargs))
     simplify(graph_module)
     return graph_module
+
+
+def _export(caller: nn.Module, inputs: tuple[torch.Tensor, ...], free: Any) -> torch.export.ExportedProgram:
+    shapes = {"args": tuple(_free(x, free) for x in inputs)}
+    return torch.export.export(caller, inputs, dynamic_shapes=shapes, strict=False)
 
 
 def input_names(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
@@ -126,6 +158,5 @@ def _two(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([x, x]) if x.ndim and x.shape[0] == 1 else x
 
 
-def _free(x: torch.Tensor) -> Any:
-    dynamic = torch.export.Dim.DYNAMIC
-    return {0: dynamic, 1: dynamic} if x.ndim == 2 and not x.is_floating_point() else {0: dynamic}
+def _free(x: torch.Tensor, free: Any) -> Any:
+    return {0: free, 1: free} if x.ndim == 2 and not x.is_floating_point() else {0: free}

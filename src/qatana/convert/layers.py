@@ -13,6 +13,7 @@ from qatana.nn.attention import AttentionProducts
 from qatana.nn.conv import Conv
 from qatana.nn.elementwise import Add, GlobalAveragePool
 from qatana.nn.embedding import Embedding
+from qatana.nn.foreign import Foreign
 from qatana.nn.integer import (
     BlockLinear,
     Codes,
@@ -32,9 +33,9 @@ from qatana.quantizer import Quantizer
 
 
 def weight_codes(quantizer: Quantizer, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Signed codes (block view) and scale of a weight as it ships."""
+    """Signed codes (block view) and scale of a weight as it ships. A weight on the meta device gives places for them."""
     scale, zero = quantizer.weight_parameters(weight)
-    if bool((zero != 0).any()):
+    if not zero.is_meta and bool((zero != 0).any()):
         raise ExportError(f"{quantizer.name}: weights with a zero point cannot ship in this target; use symmetric=True")
     levels, scale = quantizer.weight_levels(weight)
     return levels.to(torch.int8), scale.float()
@@ -162,10 +163,23 @@ def store_embedding(layer: Embedding) -> nn.Module:
     return StoredEmbedding(stored_weight(layer.weight_quantizer, layer.weight.detach()))
 
 
+def store_foreign(layer: Foreign) -> nn.Module:
+    """The layer with its own forward, its weights as codes; inputs as in training."""
+    for slot in layer.slots.values():
+        place: Any = slot
+        if place.weight_quantizer is None:
+            continue
+        place.stored = stored_weight(place.weight_quantizer, place.weight.detach().contiguous())
+        place.weight_quantizer = None
+        layer.drop(place.parameter)
+    return layer
+
+
 STORERS: dict[type[nn.Module], Callable[[Any], nn.Module]] = {
     Linear: store_linear,
     Conv: store_conv,
     Embedding: store_embedding,
+    Foreign: store_foreign,
 }
 """What the free target makes of a layer. Sums, pools and attention keep their quantizers as they are."""
 

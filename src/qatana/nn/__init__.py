@@ -4,8 +4,11 @@ from qatana.nn.attention import AttentionProducts
 from qatana.nn.conv import Conv
 from qatana.nn.elementwise import Activation, Add, GlobalAveragePool
 from qatana.nn.embedding import Embedding
+from qatana.nn.experts import Experts
+from qatana.nn.foreign import Foreign
 from qatana.nn.gradient import quantize_gradients
 from qatana.nn.linear import Linear
+from qatana.nn.registry import LayerType, layer_type, register_layer
 
 __all__ = [
     "Activation",
@@ -13,7 +16,12 @@ __all__ = [
     "AttentionProducts",
     "Conv",
     "Embedding",
+    "Experts",
+    "Foreign",
     "GlobalAveragePool",
+    "LayerType",
     "Linear",
+    "layer_type",
     "quantize_gradients",
+    "register_layer",
 ]

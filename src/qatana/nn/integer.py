@@ -114,6 +114,7 @@ class IntegerConv(nn.Module):
         self.x, self.other, self.y = x, other, y
         stride, padding, dilation, groups = geometry
         self.geometry = (list(stride), list(padding), list(dilation), groups)
+        self.stride, self.padding, self.dilation, self.groups = self.geometry
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         head = (self.x.quantize(x), *self.x.grid, self.weight, self.weight_scale, self.bias, *self.geometry)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,6 +29,11 @@ class StoredWeight(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.scheme}, {tuple(self.shape)}"
 
+    @property
+    def device(self) -> torch.device:
+        """Models ask a layer's weight for its place and dtype, to bring inputs there."""
+        return self.codes.device
+
     def forward(self) -> Tensor:
         parameters = [v for k, v in self.named_buffers() if k != "codes"]
         return read_back(self.codes, parameters, self.scheme, self.shape, self.name).to(self.dtype)
@@ -41,6 +47,7 @@ class StoredLinear(nn.Module):
     def __init__(self, weight: StoredWeight, bias: Tensor | None, x: Quantizer | None, y: Quantizer | None) -> None:
         super().__init__()
         self.weight, self.x, self.y = weight, x, y
+        self.out_features, self.in_features = weight.shape
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,6 +67,8 @@ class StoredConv(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.weight, self.x, self.y, self.relu, self.geometry = weight, x, y, relu, geometry
+        self.kernel_size = tuple(weight.shape[2:])
+        self.stride, self.padding, self.dilation, self.groups = geometry
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,6 +86,7 @@ class StoredEmbedding(nn.Module):
     def __init__(self, weight: StoredWeight) -> None:
         super().__init__()
         self.weight = weight
+        self.num_embeddings, self.embedding_dim = weight.shape
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight())

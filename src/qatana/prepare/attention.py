@@ -13,20 +13,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qatana.errors import ModelError
 from qatana.nn.attention import AttentionProducts
 
 NAME = "qatana"
 SLOT = "attention_products"
 
-_listener: list[Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], None]] = []
+SPECIAL = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices")
+"""Arguments that change what stands between the two products: capped scores, sinks, biases, chosen keys."""
+
+Listener = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor, str], None]
+_listener: list[Listener] = []
 
 
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, dropout: float = 0.0, **_: Any,
+    scaling: float | None = None, dropout: float = 0.0, **rest: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """The attention function of the registry.   query (B, H, Q, D), key and value (B, H or H/groups, T, D) -> (B, Q, H, D)."""
+    """The attention function of the registry.   query (B, H, Q, D), key and value (B, H or H/groups, T, D) -> (B, Q, H, D).
+
+    Attention with SPECIAL arguments is the model's own (eager) one, and stays float.   Raises: ModelError where it was to be quantized."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    special = next((name for name in SPECIAL if rest.get(name) is not None), "")
+    if special:
+        context = _own(module, special)(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            dropout=dropout if module.training else 0.0,
+            **rest,
+        )[0]
+        for listen in _listener:
+            listen(module, query, key, value, context, special)
+        return context, None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
@@ -36,8 +58,19 @@ def attention(
     context = products(query, key, value, attention_mask, scaling, dropout if module.training else 0.0)
     context = context.transpose(1, 2).contiguous()
     for listen in _listener:
-        listen(module, query, key, value, context)
+        listen(module, query, key, value, context, "")
     return context, None
+
+
+def _own(module: nn.Module, special: str) -> Callable[..., tuple[Tensor, Any]]:
+    """The eager attention function of the file that defines a model."""
+    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if own is None or getattr(module, SLOT, None) is not None:
+        raise ModelError(
+            f"the attention of {type(module).__name__} takes '{special}', which its quantized form does not know; leave it float: "
+            f"recipe.rule(type='AttentionProducts', query=None, key=None, value=None, probability=None, context=None)"
+        )
+    return own
 
 
 _FLOAT = AttentionProducts("onnxruntime")
@@ -59,8 +92,9 @@ def use_attention(model: Any) -> None:
 
 
 @contextmanager
-def listening(listen: Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], None]) -> Iterator[None]:
-    """Call `listen(module, query, key, value, context)` at every attention inside the block."""
+def listening(listen: Listener) -> Iterator[None]:
+    """Call `listen(module, query, key, value, context, special)` at every attention inside the block; special: the argument that makes it
+    the model's own, or ""."""
     _listener.append(listen)
     try:
         yield

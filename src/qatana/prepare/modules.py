@@ -1,7 +1,8 @@
 """Reaching a model by module names alone: works for Hugging Face models and whatever cannot be traced.
 
-Which tensors are the same is seen by running the example inputs once: a linear layer whose output is a view of what attention receives
-as its query shares the query's quantizer; layers that read one tensor share one input quantizer."""
+Which layers there are, the registry says (`nn.registry`). Which tensors are the same is seen by running the example inputs once: a linear
+layer whose output is a view of what attention receives as its query shares the query's quantizer; layers that read one tensor share one
+input quantizer."""
 
 from __future__ import annotations
 
@@ -11,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from qatana.nn.attention import AttentionProducts
-from qatana.nn.embedding import Embedding
-from qatana.nn.linear import Linear
+from qatana.nn.foreign import Foreign, to_matrix
+from qatana.nn.registry import LayerType, layer_type
 from qatana.prepare.attention import SLOT, has_registry, listening, probing_attention, run, use_attention
 from qatana.prepare.build import Builder, RowWriter, parameter_bytes, replace_module
+from qatana.prepare.products import Products
 from qatana.recipe import Plan, Recipe
 
-KINDS: dict[type[nn.Module], str] = {nn.Linear: "linear", nn.Embedding: "embedding"}
-ROLES = {"linear": ("weight", "input"), "embedding": ("weight",)}
 ATTENTION = ("query", "key", "value", "probability", "context")
 
 
@@ -29,6 +29,8 @@ class Flow:
         self.inputs: dict[str, int] = {}
         self.outputs: dict[int, str] = {}
         self.attention: dict[str, tuple[int, int, int, int]] = {}
+        self.special: dict[str, str] = {}
+        self.products: dict[str, nn.Parameter] = {}
         self.kept: list[Tensor] = []
 
     def key(self, x: Tensor) -> int:
@@ -37,63 +39,128 @@ class Flow:
 
 
 def observe_flow(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Flow:
-    """Run the example inputs once and note the flow between linear layers, embeddings and attention."""
+    """Run the example inputs once and note the flow between layers and attention."""
     flow, names = Flow(), {module: name for name, module in model.named_modules()}
 
-    def leaf(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-        flow.inputs.setdefault(names[module], flow.key(inputs[0]))
-        flow.outputs[flow.key(output)] = names[module]
+    def leaf(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        given = next((x for x in (*inputs, *named.values()) if isinstance(x, Tensor)), None)
+        flow.inputs.setdefault(names[module], -1 if given is None else flow.key(given))
+        if isinstance(output, Tensor):
+            flow.outputs[flow.key(output)] = names[module]
 
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, context: Tensor) -> None:
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, context: Tensor, special: str) -> None:
+        if special:
+            flow.special[names[module]] = special
+            return
         flow.attention[names[module]] = (flow.key(query), flow.key(key), flow.key(value), flow.key(context))
 
-    handles = [module.register_forward_hook(leaf) for module in names if type(module) in KINDS]
+    handles = [m.register_forward_hook(leaf, with_kwargs=True) for m in names if layer_type(m) is not None]
     try:
-        with probing_attention(model), listening(attend):
+        with probing_attention(model), listening(attend), Products(model) as products:
             run(model, args, kwargs)
+        flow.products = products.found
     finally:
         for handle in handles:
             handle.remove()
     return flow
 
 
-def plan_modules(model: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
-    """Rows for every Linear, Embedding and attention of a model."""
-    flow, writer = observe_flow(model, args, kwargs), RowWriter(recipe)
+def layers_of(model: nn.Module) -> dict[str, tuple[nn.Module, LayerType]]:
+    """Every layer that the registry knows, by name; children whose weights belong to their parent's entry (attention's) left out."""
+    found: dict[str, tuple[nn.Module, LayerType]] = {}
+    claimed: set[str] = set()
+    for name, module in model.named_modules():
+        entry = layer_type(module)
+        if entry is None or name in claimed:
+            continue
+        found[name] = (module, entry)
+        claimed |= {f"{name}.{path}" for path, _, _ in (p.rpartition(".") for p in entry.weights) if path}
+    return found
+
+
+def plan_modules(
+    model: nn.Module, recipe: Recipe, args: tuple[Any, ...], kwargs: dict[str, Any], flow: Flow | None = None
+) -> Plan:
+    """Rows for every layer that the registry knows, and for attention.   flow: where it is known, nothing is run"""
+    flow, writer = observe_flow(model, args, kwargs) if flow is None else flow, RowWriter(recipe)
     serves = _attention_rows(flow, writer)
     input_of: dict[int, str] = {}
-    for name, module in model.named_modules():
-        kind = KINDS.get(type(module))
-        if kind is None:
-            continue
-        weight: Any = module.weight
-        for role in ROLES[kind]:
-            shape = tuple(weight.shape) if role == "weight" else None
+    weights: dict[int, int] = {}
+    for name, (module, entry) in layers_of(model).items():
+        for i, (parameter, layout) in enumerate(entry.weights.items()):
+            weight: Any = _find(module, parameter)
+            shape = tuple(to_matrix(weight, layout).shape)
+            row, key = (entry.module_of(name, parameter), type(module).__name__), flow.inputs.get(name, -1)
+            weights[id(weight)] = weight.numel()
             if name not in flow.inputs:
-                writer.leave(
-                    name, kind, type(module).__name__, role, "its forward never ran with the example inputs", shape
+                _leave(writer, entry, row, shape, "its forward never ran with the example inputs")
+            elif entry.kind == "conv" and not recipe.resolved.free:
+                _leave(
+                    writer,
+                    entry,
+                    row,
+                    shape,
+                    f"{recipe.target} quantizes convolutions by graph: plan(..., mode='graph')",
                 )
-            elif role == "input":
-                key = flow.inputs[name]
-                shared = serves.get(key) or input_of.get(key, "")
-                used = writer.add(name, kind, type(module).__name__, role, shares=shared)
-                if writer.complete(name, kind):
-                    input_of.setdefault(key, used)
-                    _linear_output(name, flow, serves, writer)
+            elif entry.native is None and not recipe.resolved.free:
+                _leave(writer, entry, row, shape, f"{recipe.target} has no integer kernel for {row[1]}")
             else:
-                writer.add(name, kind, type(module).__name__, role, shape)
-        if kind == "linear":
-            writer.gradient(name, kind, type(module).__name__)
+                shared = serves.get(key) or input_of.get(key, "") if i == 0 else ""
+                used = _layer_rows(writer, entry, row, shape, shared)
+                if used is not None and i == 0:
+                    input_of.setdefault(key, used)
+                    if entry.kind == "linear":
+                        _linear_output(name, flow, serves, writer)
+    bare = {name: p for name, p in flow.products.items() if id(p) not in weights}
+    _bare_rows(model, bare, writer)
+    weights |= {id(p): p.numel() for p in bare.values()}
     plan = Plan(recipe, "modules", writer.rows, (args, kwargs), parameter_bytes(model))
-    weights = {id(model.get_submodule(r.module).weight): r.elements for r in plan.rows if r.role == "weight"}
     plan.rest_bytes = plan.float_bytes - 4 * sum(weights.values())
     return plan
+
+
+def _bare_rows(model: nn.Module, parameters: dict[str, nn.Parameter], writer: RowWriter) -> None:
+    """Parameters that are multiplied outside every layer that the registry knows: routers of experts, layers of the user's own."""
+    for name, parameter in parameters.items():
+        path, _, leaf = name.rpartition(".")
+        owner = type(model.get_submodule(path)).__name__
+        reason = f"a bare parameter of {owner}, float unless qatana.register_layer names it"
+        writer.leave(path if leaf == "weight" else name, "other", owner, "weight", reason, tuple(parameter.shape))
+
+
+def _find(module: nn.Module, parameter: str) -> Tensor:
+    path, _, leaf = parameter.rpartition(".")
+    return getattr(module.get_submodule(path), leaf)
+
+
+def _leave(writer: RowWriter, entry: LayerType, row: tuple[str, str], shape: tuple[int, ...], reason: str) -> None:
+    for role in ("weight", "input") if entry.inputs else ("weight",):
+        writer.leave(row[0], entry.kind, row[1], role, reason, shape if role == "weight" else None)
+
+
+def _layer_rows(
+    writer: RowWriter, entry: LayerType, row: tuple[str, str], shape: tuple[int, ...], shared: str
+) -> str | None:
+    """Rows of one weight; returns the quantizer of its input, None where there is none or the layer stays float."""
+    name, type_name = row
+    writer.add(name, entry.kind, type_name, "weight", shape)
+    used = writer.add(name, entry.kind, type_name, "input", shares=shared) if entry.inputs else None
+    if entry.kind == "conv" and entry.native is not None:
+        writer.add(name, entry.kind, type_name, "output")
+    complete = writer.complete(name, entry.kind)
+    if entry.native is not None and entry.inputs:
+        writer.gradient(name, entry.kind, type_name)
+    return used if complete else None
 
 
 def _attention_rows(flow: Flow, writer: RowWriter) -> dict[int, str]:
     """Rows of the attention products; returns which quantizer serves the tensor of a storage (q, k, v and the context). On a free
     target each tensor has its own: keys and values are quantized as a cache holds them, behind the rotary embedding."""
     serves: dict[int, str] = {}
+    for name, special in flow.special.items():
+        reason = f"the scores take '{special}' between the two products: the model's own attention, float"
+        for role in ATTENTION:
+            writer.leave(f"{name}.{SLOT}", "attention", "AttentionProducts", role, reason, None)
     for name, (query, key, value, context) in flow.attention.items():
         keys = dict(zip(ATTENTION, (query, key, value, None, context), strict=True))
         used = {role: writer.add(f"{name}.{SLOT}", "attention", "AttentionProducts", role) for role in keys}
@@ -112,23 +179,32 @@ def _linear_output(name: str, flow: Flow, serves: dict[int, str], writer: RowWri
 def prepare_modules(model: nn.Module, plan: Plan) -> nn.Module:
     """Replace the layers that the plan quantizes, in place; parameters are shared, names of parameters stay."""
     builder = Builder(plan)
-    modules = dict(model.named_modules())
+    modules, places = dict(model.named_modules()), _places(model)
     for name in dict.fromkeys(row.module for row in plan.rows if row.kind == "attention" and row.scheme):
         products = builder.fill(AttentionProducts(builder.engine), name)
         modules[name.removesuffix(f".{SLOT}")].add_module(SLOT, products)
-    for name in dict.fromkeys(row.module for row in plan.rows if row.kind in ROLES):
-        if any(row.scheme for role, row in plan.of_module(name).items() if role != "output"):
-            layer: Any = modules[name]
-            new = _layer(layer, plan.of_module(name)["weight"].kind, builder.engine)
-            replace_module(model, name, builder.fill(new, name, layer.weight))
+    quantized = {row.module for row in plan.rows if row.scheme and row.role not in ("output", "gradient")}
+    for name, (layer, entry) in layers_of(model).items():
+        rows = [entry.module_of(name, parameter) for parameter in entry.weights]
+        if quantized.isdisjoint(rows):
+            continue
+        new = entry.build(layer, builder.engine)
+        slots: Any = new.slots.values() if isinstance(new, Foreign) else (new,)
+        for row, slot in zip(rows, slots, strict=True):
+            builder.fill(slot, row, slot.weight)
+        for place in places[layer]:
+            replace_module(model, place, new)
     if has_registry(model):
         use_attention(model)
     return model
 
 
-def _layer(layer: Any, kind: str, engine: str) -> nn.Module:
-    new = Linear(layer.weight, layer.bias, engine) if kind == "linear" else Embedding(layer.weight, layer.padding_idx)
-    return new.train(layer.training)
+def _places(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every name of every module: one may stand in several places."""
+    found: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        found.setdefault(module, []).append(name)
+    return found
 
 
 def is_finite(model: nn.Module) -> str:

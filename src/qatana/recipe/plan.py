@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from qatana.errors import RecipeError
 from qatana.numerics import Scheme
 from qatana.recipe.recipe import Recipe
 
@@ -47,6 +48,8 @@ class Row:
         """Stored bytes: codes and scales, or float32."""
         if self.scheme is None:
             return 4.0 * self.elements
+        if self.shares:
+            return 0.0
         bits = self.scheme.format.stored_bits if self.packed else max(8, self.scheme.format.stored_bits)
         return self.elements * bits / 8 + self._scale_bytes * self.scales if self.elements else 0.0
 
@@ -58,7 +61,7 @@ class Row:
         if self.scheme.is_gguf:  # the bits of its elements count them
             return 0.0
         narrow = self.scheme.scale_type.name in ("float16", "bfloat16", "e8m0")
-        zero_point = 0 if self.scheme.symmetric else 4 if self.scheme.rule == "hqq" else 2
+        zero_point = 0 if self.scheme.symmetric else 4 if self.scheme.rule.startswith("hqq") else 2
         return (2 if narrow else 4) + zero_point
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,6 +96,33 @@ class Plan:
     @property
     def quantized(self) -> list[Row]:
         return [row for row in self.rows if row.scheme is not None]
+
+    def compact(self) -> dict[str, Any]:
+        """What `prepare` needs to know, for a model's own configuration file: {"mode", "schemes": [scheme, ...], "tensors": ["module kind
+        role number-of-scheme", with the name that it shares a quantizer with behind it, ...]}. Tensors that stay float are left out."""
+        schemes = list(dict.fromkeys(str(row.scheme) for row in self.quantized))
+        number = {text: str(i) for i, text in enumerate(schemes)}
+        tensors = [
+            " ".join((row.module or ".", row.kind, row.role, number[str(row.scheme)], row.shares)).rstrip()
+            for row in self.quantized
+        ]
+        return {"mode": self.mode, "schemes": schemes, "tensors": tensors}
+
+    @classmethod
+    def from_compact(cls, recipe: Recipe, data: Any) -> Plan:
+        """Read what `compact` wrote. Raises: RecipeError if it is damaged."""
+        try:
+            schemes, rows, free = [Scheme.parse(text) for text in data["schemes"]], [], recipe.resolved.free
+            for line in data["tensors"]:
+                module, kind, role, number, *shares = line.split(" ")
+                module = "" if module == "." else module
+                name, scheme = f"{module}.{role}" if module else role, schemes[int(number)]
+                rows.append(Row(name, module, kind, "", role, scheme, "file", shares="".join(shares), dense=free))
+            return cls(recipe, str(data["mode"]), rows)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise RecipeError(
+                f"the plan in the model's configuration is damaged ({error!r}); save the model again"
+            ) from error
 
     def to_dict(self) -> dict[str, Any]:
         return {

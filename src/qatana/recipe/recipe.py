@@ -160,14 +160,6 @@ class Recipe(BaseModel):
         return cls.from_dict(data)
 
 
-def recipe(target: str, *, reduce_range: bool = True, **schemes: Change) -> Recipe:
-    """The default recipe of a target, `recipe("ort:int8").skip("classifier")`; with schemes per role, one rule more for every layer:
-    `recipe("torch", weight="nf4+double")`, `recipe("torch", weight="bitnet", input="int8/token")`,
-    `recipe("torch", weight="int4/group128", key="int8/token", value="int8/token")` (the last two: the KV cache)."""
-    rules = [{"schemes": schemes}] if schemes else []
-    return make(Recipe, {"target": target, "reduce_range": reduce_range, "rules": rules})
-
-
 def _named(text: str) -> Scheme:
     try:
         return scheme(text)

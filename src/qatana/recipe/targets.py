@@ -6,7 +6,9 @@ takes any scheme for any role that a rule names."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from inspect import getdoc
 
 from qatana.errors import RecipeError, nearest
 from qatana.numerics import Scheme, scheme
@@ -130,7 +132,7 @@ TARGETS: dict[str, Target] = {
             "torch",
             "onnxruntime",
             "any number format, for weights alone or with inputs and a KV cache; packed artifacts, run in PyTorch",
-            {(kind, "weight"): _WEIGHT for kind in ("linear", "conv", "embedding")},
+            {(kind, "weight"): _WEIGHT for kind in ("linear", "conv", "embedding", "experts")},
             (),
             free=True,
         ),
@@ -143,3 +145,31 @@ def target(name: str) -> Target:
     if name not in TARGETS:
         raise RecipeError(f"unknown target '{name}'{nearest(name, TARGETS)}")
     return TARGETS[name]
+
+
+Changes = Mapping[Key, Scheme | str | None]
+
+
+def register_target(name: str, *, base: str) -> Callable[[Callable[[], Changes]], Callable[[], Changes]]:
+    """A target of your own: a decorator of a function that returns what is different from an existing one.
+
+    name  how recipes call it: "npu:w4a8"
+    base  the target whose engine computes it, and whose schemes hold where the function says nothing. "torch" is free: any scheme for any
+          tensor, packed artifacts that run in PyTorch; another one exports what its own exporter can write
+    The function returns {(layer kind, role): scheme}, None for a tensor that stays float; its docstring is the summary.
+    Raises: RecipeError for an unknown base or a name that is taken; SchemeError for an unknown scheme."""
+    found = target(base)
+
+    def register(changes: Callable[[], Changes]) -> Callable[[], Changes]:
+        if name in TARGETS and TARGETS[name].summary != _summary(changes):
+            raise RecipeError(f"the target '{name}' exists already; take another name")
+        given = {key: scheme(value) if isinstance(value, str) else value for key, value in changes().items()}
+        merged = {key: value for key, value in {**found.schemes, **given}.items() if value is not None}
+        TARGETS[name] = replace(found, name=name, summary=_summary(changes), schemes=merged)
+        return changes
+
+    return register
+
+
+def _summary(function: Callable[[], Changes]) -> str:
+    return (getdoc(function) or "").partition("\n")[0]

@@ -13,15 +13,15 @@ qatana.verify(model, artifact, "model.onnx", batches).raise_on_difference()
 from qatana.artifact import Artifact
 from qatana.calibrate import calibrate
 from qatana.checkpoints import Checkpoint, read_checkpoint
-from qatana.convert import convert, integer_model
+from qatana.convert import convert, dequantize, integer_model
 from qatana.errors import DataError, ModelError, QatanaError, RecipeError
 from qatana.export import export, export_float
-from qatana.nn import quantize_gradients
-from qatana.numerics import Scheme, scheme
+from qatana.nn import quantize_gradients, register_layer
+from qatana.numerics import Scheme, register_format, scheme
 from qatana.prepare import plan, prepare
 from qatana.ptq import ptq
 from qatana.quantizer import Quantizer, quantizers
-from qatana.recipe import TARGETS, Plan, Recipe, Rule, recipe
+from qatana.recipe import TARGETS, Plan, Recipe, Rule, recipe, register_target
 from qatana.report import ReportData, format_table, measure, render
 from qatana.start import recipe_of, start_from
 from qatana.train import (
@@ -34,6 +34,7 @@ from qatana.train import (
     parameter_groups,
     preset,
     training_of,
+    watching,
 )
 from qatana.verify import Certificate, latency, open_file, run_file, verify
 
@@ -60,6 +61,7 @@ __all__ = [
     "TrainingError",
     "calibrate",
     "convert",
+    "dequantize",
     "distillation_loss",
     "export",
     "export_float",
@@ -79,10 +81,14 @@ __all__ = [
     "read_checkpoint",
     "recipe",
     "recipe_of",
+    "register_format",
+    "register_layer",
+    "register_target",
     "render",
     "run_file",
     "scheme",
     "start_from",
     "training_of",
     "verify",
+    "watching",
 ]

@@ -16,20 +16,29 @@ from qatana.quantizer import merge_ranks, quantizers, total_over_ranks
 
 def calibrate(
     model: nn.Module,
-    loader: Iterable[Any],
+    loader: Iterable[Any] | None = None,
     *,
     batches: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> nn.Module:
     """Settle all scales of a prepared model and switch its quantizers on. Returns the model, now the PTQ model.
 
-    loader    yields batches as the model takes them; labels are ignored. `batches` limits how many are used
+    loader    yields batches as the model takes them; labels are ignored. `batches` limits how many are used. None: for models whose
+              scales need no data, those with weights alone or with activations quantized at run time
     progress  called with the number of batches done
     Under torch.distributed every process calibrates on its own batches, and all get the ranges of all.
     Raises: ModelError if the model has no quantizers or one saw no data; DataError for an empty loader or NaN or infinite values."""
     found = quantizers(model)
     if not found:
         raise ModelError("the model has no quantizers; call qatana.prepare(model, plan) first")
+    if loader is None:
+        waiting = next((name for name, quantizer in found.items() if quantizer.needs_range), None)
+        if waiting is not None:
+            raise ModelError(
+                f"{waiting}: its range comes from data; call qatana.calibrate(model, loader) with some batches"
+            )
+        settle(model)
+        return model
     device = next(model.parameters()).device
     modes = {module: module.training for module in model.modules()}
     for quantizer in found.values():

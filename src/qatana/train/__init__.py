@@ -7,6 +7,7 @@ from qatana.train.fit import fit
 from qatana.train.groups import parameter_groups
 from qatana.train.history import History
 from qatana.train.training import Training, preset, training_of
+from qatana.train.watch import watching
 
 __all__ = [
     "Controller",
@@ -18,4 +19,5 @@ __all__ = [
     "parameter_groups",
     "preset",
     "training_of",
+    "watching",
 ]

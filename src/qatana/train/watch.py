@@ -63,6 +63,14 @@ def saturation(counts: list[tuple[Tensor, int]]) -> float | None:
     return sum(int(ends) for ends, _ in counts) / looked if looked else None
 
 
+@contextmanager
+def watching(model: nn.Module) -> Iterator[Callable[[], float | None]]:
+    """Look at the codes of every forward pass inside the block. Yields a function: the share of those seen so far that sit at an end
+    of their range, of quantizers whose scale does not come from the batch itself; None where there is none. Samples of each tensor."""
+    with Watch(model).sampling(True) as counts:
+        yield lambda: saturation(counts)
+
+
 def _listener(quantizer: Quantizer, counts: list[tuple[Tensor, int]]) -> Callable[[str, Tensor], None]:
     lo, hi = quantizer.scheme.integer.lo, quantizer.scheme.integer.hi
     # Where real 0 is the lowest code (after a ReLU) sitting there is no clipping.

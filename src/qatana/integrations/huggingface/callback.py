@@ -1,4 +1,4 @@
-"""Quantization-aware training inside the Hugging Face Trainer: a schedule callback, a distillation loss.
+"""Quantization-aware training inside the Hugging Face Trainer: a callback for schedule and metrics, a distillation loss.
 
     callback = QatanaCallback(freeze_batch_norm_at=0.7)
     distill = Distillation(model, teacher, share=0.5)                 # optional
@@ -10,6 +10,7 @@ The Trainer's own optimizer would decay learned scales, hence `parameter_groups`
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -33,6 +34,9 @@ class QatanaCallback(TrainerCallback, ExportableState):
     float_steps, freeze_ranges_at, freeze_batch_norm_at    as in `qatana.Controller`: steps (int) or shares of
     max_steps (float). The state goes into each checkpoint's trainer_state.json, and a training resumed from it
     goes on with it; scales and ranges are in the model's state_dict, which the Trainer saves.
+    Each log entry gets "qatana/quantizing", "qatana/observing" (0 or 1) and "qatana/saturation", the share of codes at an end of
+    their range, sampled in the step that is logged. `report_through(trainer)` hands them to TensorBoard, W&B and whatever else
+    `report_to` names.
     Raises: TrainingError, ModelError as the Controller does, when training begins."""
 
     def __init__(
@@ -47,8 +51,19 @@ class QatanaCallback(TrainerCallback, ExportableState):
             "freeze_batch_norm_at": freeze_batch_norm_at,
         }
         self.controller: qt.Controller | None = None
+        self.metrics: dict[str, float] = {}
+        self._sampling, self._share = ExitStack(), _nothing
+
+    def report_through(self, trainer: Any) -> QatanaCallback:
+        """Stand before the reporters, which write a log entry as soon as they see it; the Trainer puts them first. Returns itself."""
+        callbacks = trainer.callback_handler.callbacks
+        if self in callbacks:
+            callbacks.remove(self)
+        callbacks.insert(0, self)
+        return self
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._sampling.close()  # after a training that an error ended
         self.controller = qt.Controller(kwargs["model"], state.max_steps, **self.schedule)
         saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
         if isinstance(saved, list):
@@ -56,14 +71,38 @@ class QatanaCallback(TrainerCallback, ExportableState):
         if saved and saved["attributes"]["saved"]:
             self.controller.load_state_dict(saved["attributes"]["saved"])
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        every = max(1, int(state.logging_steps or 1))
+        logged = args.logging_strategy == "steps" and (state.global_step + 1) % every == 0
+        if logged and not args.torch_compile:  # a compiled graph has no place to listen at
+            self._share = self._sampling.enter_context(qt.watching(kwargs["model"]))
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.controller is not None
+        self.metrics = {
+            "qatana/quantizing": float(self.controller.quantizing),
+            "qatana/observing": float(self.controller.observing),
+        }
+        self._sampling.close()
+        share = self._share()
+        self.metrics |= {} if share is None else {"qatana/saturation": share}
+        self._share = _nothing
         self.controller.step()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs is not None and "loss" in logs:
+            logs.update(self.metrics)
+            if state.log_history and state.log_history[-1].get("step") == state.global_step:
+                state.log_history[-1].update(self.metrics)
 
     def state(self) -> dict[str, Any]:
         """What the Trainer writes into trainer_state.json."""
         saved = None if self.controller is None else self.controller.state_dict()
         return {"args": dict(self.schedule), "attributes": {"saved": saved}}
+
+
+def _nothing() -> float | None:
+    return None
 
 
 class Distillation:

@@ -115,9 +115,9 @@ class Conv(nn.Module):
         assert o is not None
         if other is None and not o.learned and not o.observing:
             operands = i.encode(x), w.encode_weight(weight), bias
-            return o.floats(
-                *coded_conv.convolution_requantized(*operands, self.geometry, self.engine.name, o.affine(), self.relu)
-            )
+            arithmetic = self.engine.name, o.affine(), self.relu
+            found = coded_conv.convolution_requantized(*operands, self.geometry, *arithmetic)
+            return o.floats(*found, operands[0].scale, operands[1].scale)
         if i.observing:
             i.observe(x.detach())
         levels, x_scale, _ = i.activation_levels(x)

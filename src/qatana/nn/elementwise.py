@@ -36,7 +36,8 @@ class Add(nn.Module):
             y = a.detach() + b.detach()
             qy.observe(y.relu() if self.relu else y)
         if a.shape == b.shape and not (qa.learned or qb.learned or qy.learned):
-            return qy.floats(*coded_add.add(qa.encode(a), qb.encode(b), qy.affine(), self.relu, self.engine.name))
+            ca, cb = qa.encode(a), qb.encode(b)
+            return qy.floats(*coded_add.add(ca, cb, qy.affine(), self.relu, self.engine.name), ca.scale, cb.scale)
         la, _, _ = qa.activation_levels(a)
         lb, _, _ = qb.activation_levels(b)
         parameters = qy.affine(torch.broadcast_shapes(a.shape, b.shape))

@@ -97,14 +97,15 @@ def _like(flat: Tensor, dense: Tensor, order: list[int]) -> Tensor:
 @torch.library.custom_op("qatana::encode", mutates_args=())
 def _encode(
     x: Tensor, scale: Tensor, zero_point: Tensor, scheme: str, engine: str, learned: bool, relu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     format, arithmetic = _scheme(scheme).integer, engine_named(engine)
     y = Affine(scale, zero_point, format.lo, format.hi)
     dense, order = in_memory_order(x)
     flat = dense.reshape(-1)
     codes = torch.empty(flat.shape, dtype=torch.int8, device=x.device)
     inside = everywhere(0 if learned else flat.numel(), x.device)
-    fits = learned or (not relu and _fits(flat, y))
+    ends = torch.stack(torch.aminmax(flat)).float() if flat.numel() else scale.new_zeros(2)
+    fits = learned or (not relu and _fits(ends, y))
     origin = origin_of(format.lo)
     with torch.no_grad():
         for piece in pieces(flat):
@@ -112,15 +113,14 @@ def _encode(
             codes[piece] = found.sub_(origin) if origin else found
             if where is not None:
                 inside[piece.start // 8 : length(piece.stop)] = pack_mask(where)
-    return place(x), _like(codes, dense, order), inside
+    # Codes have no NaN: a tensor that holds one reads back as NaN as a whole, so that losses and their watchers see it.
+    return place(x), _like(codes, dense, order), inside, torch.where(ends[0].isnan(), ends[0], scale)
 
 
-def _fits(flat: Tensor, y: Affine) -> bool:
-    """Whether no element of x leaves the range."""
-    if not flat.numel():
-        return True
-    ends = torch.round(torch.stack(torch.aminmax(flat)).float() / y.scale).add_(y.zero_point)
-    return bool((ends[0] >= y.lo) & (ends[1] <= y.hi))
+def _fits(ends: Tensor, y: Affine) -> bool:
+    """Whether no element leaves the range, by the smallest and the largest."""
+    rounded = torch.round(ends / y.scale).add_(y.zero_point)
+    return bool((rounded[0] >= y.lo) & (rounded[1] <= y.hi))
 
 
 @_encode.register_fake
@@ -128,14 +128,14 @@ def _(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: str, engine: str, le
     dense, order = in_memory_order(x)
     codes = torch.empty(x.numel(), dtype=torch.int8, device=x.device)
     bits = torch.empty(0 if learned else length(x.numel()), dtype=torch.uint8, device=x.device)
-    return place(x), _like(codes, dense, order), bits
+    return place(x), _like(codes, dense, order), bits, torch.empty_like(scale)
 
 
 def _save_encode(ctx, inputs, output) -> None:
     x, scale, zero_point, ctx.scheme, _, ctx.learned, _ = inputs
-    _, codes, inside = output
+    _, codes, inside, used = output
     ctx.dtype, ctx.order = x.dtype, memory_order(x)
-    ctx.mark_non_differentiable(codes, inside)
+    ctx.mark_non_differentiable(codes, inside, used)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*((x, scale, zero_point) if ctx.learned else (inside,)))
 
@@ -162,9 +162,9 @@ def encode(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme, engine:
     learned = scale.requires_grad
     if relu and learned:
         raise SchemeError("a ReLU and a learned scale cannot be one operator: apply the ReLU before")
-    hat, codes, _ = _encode(x, scale, zero_point, scheme.text, engine, learned, relu)
+    hat, codes, _, used = _encode(x, scale, zero_point, scheme.text, engine, learned, relu)
     origin = origin_of(scheme.integer.lo)
-    return Coded(hat, codes, scale.detach(), zero_point - origin, scheme.integer, origin)
+    return Coded(hat, codes, used, zero_point - origin, scheme.integer, origin)
 
 
 @torch.library.custom_op("qatana::decode", mutates_args=())
@@ -207,17 +207,19 @@ def _encode_weight(
     codes = torch.empty(stack.shape, dtype=torch.int8, device=w.device)
     masked = not learned and needs_mask(found, own)
     inside = torch.ones(stack.shape if masked else (0,), dtype=torch.uint8, device=w.device)
-    scales = []
+    scales, known = [], True
     for piece in pieces(stack):
         view = stack[piece].float()
         part = grid.solve(view, dims) if p is None else part_of(p, piece, stack.shape[0])
         t = grid.scaled(view, part)
+        known = known and not bool(t.sum().isnan())
         where = grid.round_(t, part, fits=own, mask=masked)
         codes[piece] = t
         if where is not None:
             inside[piece] = where
         scales.append(part.scale)
     scale = p.scale if p is not None else torch.cat(scales)
+    scale = scale if known else scale * torch.nan  # codes have no NaN: the scale carries it
     return (
         place(w),
         granularity.unview(codes, w.shape),

@@ -70,7 +70,8 @@ class _Products:
 
     @property
     def s32(self) -> Tensor:
-        return self.probability.scale * self.v[1]
+        """Of the context; NaN where an operand holds one, which codes of probabilities would hide."""
+        return self.probability.scale * self.v[1] + 0 * (self.q[1] * self.k[1])
 
 
 DRAWS = 2**16

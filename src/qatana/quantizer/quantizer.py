@@ -203,11 +203,14 @@ class Quantizer(nn.Module):
             self.enabled and not self.is_weight and self.has_levels and self.scheme.granularity.kind == "tensor"
         )  # fmt: skip
 
-    def floats(self, place: Tensor, codes: Tensor) -> Tensor:
-        """y_hat of codes on this quantizer's grid that an operator computed, with their place in the graph."""
+    def floats(self, place: Tensor, codes: Tensor, *scales: Tensor) -> Tensor:
+        """y_hat of codes on this quantizer's grid that an operator computed, with their place in the graph.
+
+        scales  of the operator's operands: where one is NaN, y is"""
         format = self._integers()
         origin = origin_of(format.lo)
-        found = Coded(place, codes, self.scale.detach(), self.zero_point - origin, format, origin)
+        nothing = sum((0 * s.sum() for s in scales), self.scale.new_zeros(()))
+        found = Coded(place, codes, self.scale.detach() + nothing, self.zero_point - origin, format, origin)
         if self.tap is not None:
             self.tap(self.name, found.own_codes())
         return self._float_of(found)
@@ -226,7 +229,7 @@ class Quantizer(nn.Module):
         Raises: ModelError before calibration, and where the scheme has no integer codes."""
         if self.observing:
             self.observe(x.detach())
-        found = self._recent(x)
+        found = None if relu else self._recent(x)
         if found is not None:
             return found
         if self.scheme.scale == "dynamic":

@@ -1,7 +1,7 @@
 # make demo    int8, int4 and int2 BERT from a float one, proven, in runs/demo/ (a few minutes)
 # make test    every test
 # make check   formatting, lint, types, layering (make lint), then the tests that take seconds
-# make bench   the speed table (a quiet machine, please)
+# make bench   speed of files, training steps beside those of other libraries, quantizers (an hour; a quiet machine, please)
 # make clean   what tests, builds and caches left here; runs/ stays.   make distclean: also .venv
 #
 # Each builds what it needs in .venv first, once: the stamps are newer than pyproject.toml and constraints.txt.
@@ -97,6 +97,6 @@ $(VENV)/.dev: $(VENV)/.runtime
 # After `make test` or `make check`: transformers then finds torchao and hqq, imports them and prints their warnings.
 $(VENV)/.references: $(VENV)/.dev
 	@echo "setup: the implementations that number formats are compared with"
-	@$(PIP) --constraint constraints.txt --editable ".[$(EXTRAS),dev,references]"
+	@$(PIP) --constraint constraints.txt --editable ".[$(EXTRAS),dev,references,lora]"
 	@$(PIP) --no-deps $(REFDATA)
 	@touch $@

@@ -16,8 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import step_tables
+
 Result = dict[str, Any]
-ENGINES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+ENGINES = {"torch": "PyTorch", "integers": "PyTorch, integers", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+METRICS = {"f1": "entity F1", "accuracy": "accuracy", "perplexity": "perplexity"}
 
 
 class Section(NamedTuple):
@@ -38,6 +41,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a table is not up to date")
     options = parser.parse_args()
     texts: dict[Path, str] = {}
+    pictures: dict[Path, str] = {}
     for section in SECTIONS:
         document = options.root / section.document
         if not document.is_file():
@@ -52,8 +56,13 @@ def main() -> None:
             else f"No figures yet: `{section.command}` measures them."
         )
         texts[document] = replaced(texts.get(document) or document.read_text(encoding="utf-8"), content, section)
-    for document, text in texts.items():
-        if text == document.read_text(encoding="utf-8"):
+        if section.name == "step" and kept.is_file():
+            pictures |= {
+                kept.with_name(f"step-{model['model']}.svg"): step_tables.picture(model)
+                for model in read(kept, section)["models"]
+            }
+    for document, text in {**texts, **pictures}.items():
+        if document.is_file() and text == document.read_text(encoding="utf-8"):
             continue
         if options.check:
             raise SystemExit(f"{document.name} does not show docs/measured; run: make docs-tables")
@@ -91,12 +100,12 @@ def replaced(text: str, content: str, section: Section) -> str:
 # --- jobs ---------------------------------------------------------------------------------------------------------
 def job(found: Result) -> str:
     """Rows, parity and times of a summary.json."""
-    key, name = ("f1", "entity F1") if "f1" in found["rows"][0] else ("accuracy", "accuracy")
+    key = next(key for key in METRICS if key in found["rows"][0])
     spread: dict[str, float] = found.get("spread", {})
     head = [
         "model",
         "engine",
-        name,
+        METRICS[key],
         "won back",
         "file",
         "of float",
@@ -148,8 +157,9 @@ def _won_back(row: Result, key: str, by_name: dict[tuple[str, str], Result]) -> 
     calibrated, reference = by_name.get((f"{name}-ptq", "torch")), by_name.get(("float", "torch"))
     if not row["name"].endswith("-qat") or calibrated is None or reference is None:
         return "–"
-    lost = reference[key] - calibrated[key]
-    return f"{100 * (row[key] - calibrated[key]) / lost:.0f} %" if lost >= 0.1 else "–"
+    better = -1 if key == "perplexity" else 1
+    lost, won = better * (reference[key] - calibrated[key]), better * (row[key] - calibrated[key])
+    return f"{100 * won / lost:.0f} %" if lost >= 0.1 else "–"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -172,7 +182,7 @@ def parity(found: Result) -> str:
 
 # --- speed --------------------------------------------------------------------------------------------------------
 def speed(found: Result) -> str:
-    """Latencies, bars and the price of a step of a speed.json."""
+    """Latencies and bars of a speed.json."""
     parts = []
     for part in found["inference"]:
         lines = [["contestant", "median", "min", "max"], ["---", "--:", "--:", "--:"]]
@@ -185,12 +195,19 @@ def speed(found: Result) -> str:
             if bar["ratio"]
         ]
         parts += ["; ".join(ratios) + "."] if ratios else []
-    steps = [
-        f"{part['title']}: {part['time_ratio']:.2f} times the time and {part['memory_ratio']:.2f} times the saved activations"
-        for part in found["step"]
-    ]
-    parts += ["A QAT step against a float step. " + "; ".join(steps) + "."] if steps else []
     return "\n\n".join([*parts, f"`{found['command']}` on " + machine(found)[0]])
+
+
+# --- training steps -----------------------------------------------------------------------------------------------
+def step(found: Result) -> str:
+    """Tables of a step.json, where its pictures are, and where it was measured."""
+    pictures = "\n".join(f"![{model['title']}](measured/step-{model['model']}.svg)" for model in found["models"])
+    return f"{step_tables.steps(found)}\n\n{pictures}\n\n`{found['command']}` on {machine(found)[0]}"
+
+
+def quantizers(found: Result) -> str:
+    """The table of a quantizers.json."""
+    return f"{step_tables.quantizers(found)}\n\n`{found['command']}` on {machine(found)[0]}"
 
 
 # --- formats ------------------------------------------------------------------------------------------------------
@@ -221,19 +238,69 @@ def formats(found: Result) -> str:
     return f"{_table(lines)}\n\n{found['elements']:,} elements timed on {machine(found)[0]}"
 
 
+# --- architectures ------------------------------------------------------------------------------------------------
+def architectures(found: Result) -> str:
+    """Rows of an architectures.json: what passed, how much of it is quantized, what stays float and why."""
+    rows = found["architectures"]
+    head = ["model type", "family", "class", "matrix weights", "quantized", "file of float", "converted to", "result"]
+    lines = [head, ["---", "---", "---", "--:", "--:", "--:", "---", "---"]]
+    for row in rows:
+        saved = "modules" if row["no_graph"] else "graph"
+        size = _number(row["bytes_ratio"] if row["bytes_ratio"] == row["bytes_ratio"] else None, "{:.3f}")
+        verdict = "pass" if row["passed"] else row["error"].replace("|", "\\|") or _shortfall(row)
+        lines.append([
+            f"`{row['model_type']}`", row["family"], row["model"], f"{row['matrix_weights']:,}", f"{100 * row['quantized']:.2f} %", size,
+            saved, verdict,
+        ])  # fmt: skip
+    passed = sum(row["passed"] for row in rows)
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    left = [
+        f"| `{row['model_type']}` | {name} | {elements:,} | {reason} |"
+        for row in rows
+        for name, elements, reason in row["left"]
+    ]
+    parts = [f"{passed} of {len(rows)} architectures pass ({versions}).", _table(lines)]
+    if left:
+        parts += [
+            "What stays float:",
+            "\n".join(["| model type | weight | elements | why |", "|---|---|--:|---|", *left]),
+        ]
+    unseen = [f"* `{row['model_type']}`: {row['no_graph']}" for row in rows if row["no_graph"]]
+    if unseen:
+        parts += ["No graph, by torch.export's own words:", "\n".join(unseen)]
+    return "\n\n".join(parts)
+
+
+def _shortfall(row: Result) -> str:
+    """Which bar a row misses."""
+    if row["without_gradient"]:
+        return f"no gradient: {row['without_gradient'][0]}"
+    if row["differing"]:
+        return f"{100 * row['differing']:.2g} % of the outputs differ"
+    return "less than 99 % quantized" if row["quantized"] < 0.99 else f"float model differs by {row['float_error']:.2g}"
+
+
 SECTIONS = (
     Section("demo", "runs/demo/summary.json", "make demo", "README.md", ("rows", "parity", "seconds"), job),
     Section("ner", "runs/ner/summary.json", "qatana run examples/ner.yaml", "README.md", ("rows", "parity", "seconds"), job),
     Section("speed", "benchmarks/results/speed.json", "make bench", "README.md",
-            ("inference", "step", "machine", "versions", "command"), speed),
+            ("inference", "machine", "versions", "command"), speed),
+    Section("step", "benchmarks/results/step.json", "python -m benchmarks --only step", "docs/performance.md",
+            ("models", "machine", "versions", "command"), step),
+    Section("quantizers", "benchmarks/results/quantizers.json", "python -m benchmarks --only quantizers", "docs/performance.md",
+            ("cases", "copy", "size", "machine", "versions", "command"), quantizers),
     Section("fashion-mnist", "runs/fashion-mnist/summary.json", "qatana run examples/fashion-mnist.yaml", "docs/jobs.md",
             ("rows", "parity", "seconds"), job),
     Section("trained-formats", "runs/formats/summary.json", "qatana run examples/formats.yaml", "docs/jobs.md",
             ("rows", "parity", "seconds"), job),
     Section("cifar10", "runs/cifar10/summary.json", "qatana run examples/cifar10.yaml", "docs/jobs.md",
             ("rows", "parity", "seconds"), job),
+    Section("smollm2", "runs/smollm2/summary.json", "qatana run examples/smollm2.yaml", "docs/jobs.md",
+            ("rows", "parity", "seconds"), job),
     Section("formats", "runs/formats.json", "qatana formats --out runs/formats.json", "docs/formats.md",
             ("formats", "tensors", "elements", "machine", "versions"), formats),
+    Section("architectures", "runs/architectures.json", "python -m benchmarks.architectures", "docs/architectures.md",
+            ("architectures", "versions"), architectures),
 )  # fmt: skip
 
 if __name__ == "__main__":

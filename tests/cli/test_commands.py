@@ -14,7 +14,20 @@ from typer.testing import CliRunner
 import qatana as qt
 from qatana.cli import app
 
-COMMANDS = ("plan", "calibrate", "train", "convert", "export", "verify", "report", "run", "ptq", "formats", "demo")
+COMMANDS = (
+    "plan",
+    "calibrate",
+    "train",
+    "convert",
+    "export",
+    "verify",
+    "report",
+    "run",
+    "ptq",
+    "formats",
+    "bench",
+    "demo",
+)
 
 
 def qatana(*arguments: Any) -> str:

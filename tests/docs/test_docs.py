@@ -307,7 +307,6 @@ SPEED = {
         "title": "BERT-base", "milliseconds": {"PyTorch float32": {"median": 9.0, "min": 8.0, "max": 10.0}},
         "bars": [{"fast": "OpenVINO int8", "slow": "PyTorch float32", "ratio": 6.5, "bar": 6.0}],
     }],
-    "step": [{"title": "MiniLM", "time_ratio": 1.25, "memory_ratio": 1.5}],
     "machine": {"processor": "a processor", "isa": "avx2", "threads": 2}, "versions": {"torch": "2.13.0"},
     "command": "python -m benchmarks",
 }  # fmt: skip
@@ -367,8 +366,59 @@ def test_the_speed_table_names_machine_and_command(checkout: Path) -> None:
     text = (checkout / "README.md").read_text()
     assert "| PyTorch float32 | 9.0 ms | 8.0 ms | 10.0 ms |" in text
     assert "OpenVINO int8 is 6.50 times as fast as PyTorch float32." in text
-    assert "MiniLM: 1.25 times the time and 1.50 times the saved activations." in text
     assert "`python -m benchmarks` on a processor (avx2), 2 threads; torch 2.13.0." in text
+
+
+def _contestant(name: str, title: str, ms: float, ratio: float, saved: float) -> dict[str, Any]:
+    spread = {"median": ratio, "min": ratio - 0.01, "max": ratio + 0.01}
+    parts = ("step", "without optimizer", "forward", "backward", "optimizer")
+    return {
+        "name": name, "title": title, "peer": False, "remark": "", "versions": {"torch": "2.13.0"},
+        "milliseconds": {part: {"median": ms} for part in parts}, "ratio": dict.fromkeys(parts, spread),
+        "memory": {"saved": int(saved * 2**20), "peak": None}, "memory_ratio": {"saved": saved / 100, "peak": None},
+        "operators": {"aten::mm": 60.0, "qatana::encode": 30.0, "aten::add": 10.0},
+    }  # fmt: skip
+
+
+STEP = {
+    "models": [{
+        "model": "bert", "title": "BERT <small>", "contestants": [
+            _contestant("float32", "float32", 900.0, 1.0, 100.0),
+            _contestant("qatana-w8a8", "qatana W8A8", 495.0, 0.55, 45.0),
+            {"name": "aimet", "title": "AIMET W8A8", "peer": True, "reason": "not installed: a | b"},
+        ],
+        "bars": [
+            {"who": "qatana-w8a8", "against": "float32", "quantity": "step", "bar": 0.6, "ratio": 0.55, "min": 0.54, "max": 0.56,
+             "pass": True},
+            {"who": "qatana-w8a8", "against": "float32", "quantity": "saved", "bar": 0.4, "ratio": 0.45, "min": 0.45, "max": 0.45,
+             "pass": False},
+            {"who": "qatana-w8a8", "against": "aimet", "quantity": "step", "bar": 1.0, "ratio": None, "pass": None},
+        ],
+    }],
+    "machine": {"processor": "a processor", "isa": "avx2", "threads": 2}, "versions": {"torch": "2.13.0"},
+    "command": "python -m benchmarks --only step",
+}  # fmt: skip
+
+
+def test_the_step_table_marks_what_is_missed(checkout: Path) -> None:
+    (checkout / "benchmarks/results").mkdir(parents=True)
+    (checkout / "benchmarks/results/step.json").write_text(json.dumps(STEP))
+    (checkout / "docs").mkdir()
+    marks = "".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for name in ("step", "quantizers"))
+    (checkout / "docs/performance.md").write_text(marks)
+    assert make_tables(checkout).returncode == 0
+    text = (checkout / "docs/performance.md").read_text()
+    assert "| qatana W8A8 | 495 ms | 0.55 | 0.54–0.56 | 0.55 | 0.55 | 45 MiB | 0.45 | – | – |" in text
+    assert "| AIMET W8A8 | not measured: not installed: a \\| b |" in text
+    assert "| qatana W8A8 over float32, step | 0.55 | 0.54–0.56 | 0.60 | reached |" in text
+    assert "| qatana W8A8 over float32, bytes saved | 0.45 | 0.45–0.45 | 0.40 | **missed** |" in text
+    assert "| qatana W8A8 over AIMET W8A8, step | – |  | 1.00 | not measured |" in text
+    assert "No figures yet: `python -m benchmarks --only quantizers` measures them." in text
+    picture = (checkout / "docs/measured/step-bert.svg").read_text()
+    # Of 100 ms, 60 are products, 30 quantizers and 10 others; the longest bar is 600 wide. Then the keys of the colours.
+    widths = [float(rect.attrib["width"]) for rect in ET.fromstring(picture).iter("{http://www.w3.org/2000/svg}rect")]
+    assert widths == [12.0] * 5 + [360.0, 0.0, 0.0, 180.0, 60.0] * 2
+    assert make_tables(checkout, "--check").returncode == 0
 
 
 @pytest.mark.parametrize("content", ["{", '{"rows": []}', "[]"], ids=["truncated", "foreign", "list"])

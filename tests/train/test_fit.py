@@ -104,6 +104,36 @@ def test_distillation_mixes_the_losses(two_bits, vectors) -> None:
     assert all(p.grad is None for p in teacher.parameters())
 
 
+def test_a_teacher_alone_needs_no_labels(two_bits, vectors) -> None:
+    teacher = nn.Sequential(nn.Linear(128, 8), nn.ReLU(), nn.Linear(8, 4))
+    probe = two_bits().train()
+    torch.manual_seed(0)  # fit seeds dropout with training.seed
+    x = vectors[0][0]
+    expected = distillation_loss(probe(x), teacher(x))
+    records: list[dict[str, Any]] = []
+    training = Training(steps=1, lr=1e-3, distillation=1.0)
+    fit(two_bits(), [x for x, _ in vectors], training, teacher=teacher, on_step=records.append)
+    assert records[0]["loss"] == records[0]["distillation_loss"] == float(expected.detach())
+    assert "task_loss" not in records[0]
+
+
+def test_autocast_is_of_the_forward_pass_alone(vectors) -> None:
+    def network() -> nn.Module:
+        torch.manual_seed(2)
+        return nn.Sequential(nn.Linear(128, 8), nn.ReLU(), nn.Linear(8, 4))
+
+    model, seen = network(), []
+    model.register_forward_hook(lambda _module, _args, out: seen.append(out.dtype))
+    records: list[dict[str, Any]] = []
+    fit(model, vectors, Training(steps=2, lr=1e-3, autocast="bfloat16"), on_step=records.append)
+    assert seen == [torch.bfloat16, torch.bfloat16]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    x, y = vectors[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = network()(x)
+    assert records[0]["loss"] == float(F.cross_entropy(logits.float(), y).detach())
+
+
 def test_a_loss_function_and_dict_batches(vectors) -> None:
     class Named(nn.Module):
         def __init__(self) -> None:

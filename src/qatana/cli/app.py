@@ -13,7 +13,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 import qatana as qt
-from qatana.cli import files, formats, jobs, stages
+from qatana.cli import bench, files, formats, jobs, stages
 
 DEBUG = "--debug"
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -91,5 +91,5 @@ def _options(
     logging.basicConfig(format="warning: %(message)s")
 
 
-for module in (stages, files, jobs, formats):
+for module in (stages, files, jobs, formats, bench):
     module.add_to(app)

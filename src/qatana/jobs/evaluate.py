@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import qatana as qt
 from qatana.batch import split_inputs
 from qatana.jobs.progress import Progress
-from qatana.jobs.tasks import Task
+from qatana.jobs.tasks import Predictions, Task
 
 
 class Runner(ABC):
@@ -36,6 +36,19 @@ class TorchRunner(Runner):
         return out["logits"] if hasattr(out, "items") else out
 
 
+class ArtifactRunner(Runner):
+    """An artifact: integers and their graph, run by PyTorch."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.artifact = qt.Artifact.load(path)
+
+    @torch.inference_mode()
+    def __call__(self, batch: Any) -> Tensor:
+        args, kwargs = split_inputs(batch)
+        out = self.artifact(*args, **kwargs)
+        return out if isinstance(out, Tensor) else out[0]
+
+
 class FileRunner(Runner):
     """A deployed file in an engine ("onnxruntime", "openvino"). threads None: the engine's default."""
 
@@ -51,8 +64,8 @@ class FileRunner(Runner):
         return torch.from_numpy(self.session.run(feeds)[self.session.outputs[0]])
 
 
-def predict(runner: Runner, task: Task, batch_size: int, progress: Progress, what: str) -> Tensor:
-    """Predicted class ids of the whole test part, int64, in the order of the file."""
+def predict(runner: Runner, task: Task, batch_size: int, progress: Progress, what: str) -> Predictions:
+    """What the task keeps of the outputs on the whole test part, in the order of the file."""
     loader = task.test(batch_size)
-    outputs = [runner(batch) for batch in progress.over(what, loader, len(loader))]
-    return task.labels(outputs, batch_size)
+    parts = [task.read(runner(batch), batch) for batch in progress.over(what, loader, len(loader))]
+    return task.gather(parts, batch_size)

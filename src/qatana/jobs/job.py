@@ -24,7 +24,7 @@ import qatana as qt
 from qatana.errors import QatanaError, RecipeError, nearest
 from qatana.validation import make
 
-TASKS = ("token-classification", "text-classification", "image-classification")
+TASKS = ("token-classification", "text-classification", "image-classification", "language-modeling")
 ENGINES = ("onnxruntime", "openvino")
 Count = Annotated[int, Field(ge=1)]
 
@@ -64,8 +64,20 @@ class ImageData(Section):
     augment: bool = True
 
 
-DATA: dict[str, type[Section]] = dict(zip(TASKS, (TokenData, TextData, ImageData), strict=True))
-Data: TypeAlias = TokenData | TextData | ImageData
+class LanguageData(Section):
+    """Text files, plain or .gz, each one long text.
+
+    block       tokens of a training row
+    test_block  tokens of a test row: the longest context that a token is predicted from"""
+
+    train: str
+    test: str
+    block: Annotated[int, Field(ge=2)] = 256
+    test_block: Annotated[int, Field(ge=2)] = 1024
+
+
+DATA: dict[str, type[Section]] = dict(zip(TASKS, (TokenData, TextData, ImageData, LanguageData), strict=True))
+Data: TypeAlias = TokenData | TextData | ImageData | LanguageData
 
 
 def _training(value: Any, info: ValidationInfo) -> Any:
@@ -165,7 +177,7 @@ class Job(Section):
     """A whole job. See the fields of each section; `folder` is where relative paths are looked for first."""
 
     name: str = "job"
-    task: Literal["token-classification", "text-classification", "image-classification"]
+    task: Literal["token-classification", "text-classification", "image-classification", "language-modeling"]
     model: str
     model_options: dict[str, Any] = Field(default_factory=dict)
     data: Data

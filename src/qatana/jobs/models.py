@@ -4,6 +4,7 @@ Two kinds. Hugging Face models by hub id, folder or package path; networks of th
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qatana.errors import ModelError, nearest, require
 from qatana.files import replacing_folder, write_json
@@ -23,6 +24,7 @@ from qatana.jobs.weights import check_weights, load_into, save_tensors
 AUTO = {
     "token-classification": "AutoModelForTokenClassification",
     "text-classification": "AutoModelForSequenceClassification",
+    "language-modeling": "AutoModelForCausalLM",
 }
 WEIGHTS = "model.safetensors"
 
@@ -42,12 +44,14 @@ def build(job: Job, classes: Sequence[str], seed: int) -> nn.Module:
 def save(job: Job, model: nn.Module, folder: str | Path) -> None:
     """Write the float model as a folder that `load` (and, for Hugging Face models, from_pretrained) reads."""
     with replacing_folder(folder) as temporary:
-        save_tensors(model.state_dict(), temporary / WEIGHTS)
+        save_tensors(_once(model), temporary / WEIGHTS)
         if job.task == "image-classification":
             write_json(temporary / "network.json", {"model": job.model, "options": job.model_options})
         else:
-            config: Any = model.config
+            config: Any = copy.deepcopy(model.config)
             config.architectures = [type(model).__name__]
+            if job.task == "language-modeling":
+                config.use_cache = True  # whoever loads the folder generates
             config.save_pretrained(temporary)
             tokenizer(job).save_pretrained(temporary)
 
@@ -63,7 +67,8 @@ def tokenizer(job: Job) -> Any:
     """The fast tokenizer beside a Hugging Face model."""
     transformers = require("transformers", "hf")
     with quiet():
-        return _loaded(lambda: transformers.AutoTokenizer.from_pretrained(resolve_path(job.path(job.model))), job.model)
+        where, options = _place(job.path(job.model))
+        return _loaded(lambda: transformers.AutoTokenizer.from_pretrained(where, **options), job.model)
 
 
 def known_classes(job: Job) -> list[str] | None:
@@ -80,21 +85,41 @@ def known_classes(job: Job) -> list[str] | None:
 def _hugging_face(job: Job, where: str, classes: Sequence[str]) -> nn.Module:
     transformers = require("transformers", "hf")
     kind = getattr(transformers, AUTO[job.task])
-    names = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+    options: dict[str, Any] = {}
+    if job.task != "language-modeling":  # its outputs are the vocabulary
+        names = {"id2label": dict(enumerate(classes)), "label2id": {name: i for i, name in enumerate(classes)}}
+        options = {"num_labels": len(classes), **names}
     with quiet():
-        return _loaded(
-            lambda: kind.from_pretrained(
-                resolve_path(where), dtype=torch.float32, num_labels=len(classes), **names, **job.model_options
-            ),
-            where,
+        place, file = _place(where)
+        model = _loaded(
+            lambda: kind.from_pretrained(place, dtype=torch.float32, **file, **options, **job.model_options), where
         )
+    if file:
+        del model.config.quantization_config  # the file's format; its weights are float32 here
+    if job.task == "language-modeling":
+        model.config.use_cache = False  # no stage generates: keys and values are not handed out
+    return model
+
+
+def _place(where: str) -> tuple[Path | str, dict[str, str]]:
+    """Folder or hub id, and what from_pretrained wants to know besides: a GGUF file is named apart from its folder."""
+    found = resolve_path(where)
+    if isinstance(found, Path) and found.suffix == ".gguf":
+        return found.parent, {"gguf_file": found.name}
+    return found, {}
+
+
+def _once(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict of a model; of a Hugging Face one, which ties its parameters anew when it is loaded, each of them once."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
 def _loaded(load: Any, where: str) -> Any:
     """What transformers loads, its many exceptions as one line."""
     try:
         return load()
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, json.JSONDecodeError) as error:
         line = next((part.strip() for part in str(error).splitlines() if part.strip()), type(error).__name__)
         raise ModelError(
             f"cannot load the model '{where}': {line[:200]}; give a hub id, a folder or package:NAME/path"

@@ -69,7 +69,8 @@ def report_data(
 
 
 def _result(row: Row, results: Results, spread: dict[str, float]) -> dict[str, Any]:
-    metric = {"name": results.metric, "value": row[results.key], "spread": spread.get(f"{row['name']} {row['engine']}")}
+    deviation = spread.get(f"{row['name']} {row['engine']}")
+    metric = {"name": results.metric, "value": row[results.key], "spread": deviation, **results.shown}
     return {key: value for key, value in row.items() if key != results.key} | {"metric": metric}
 
 

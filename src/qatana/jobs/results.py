@@ -17,6 +17,8 @@ from qatana.jobs.run import PTQ, QAT, Run
 from qatana.jobs.stages import Record
 
 TORCH = "torch"
+INTEGERS = "integers"
+"""PyTorch running an artifact: the integer model, where no file of another engine is deployed"""
 Row = dict[str, Any]
 Number = TypeVar("Number", int, float)
 
@@ -53,6 +55,7 @@ class Results:
     labels: dict[str, dict[str, int]]
     seconds: dict[str, float]
     versions: dict[str, str] = field(default_factory=dict)
+    shown: dict[str, Any] = field(default_factory=dict)
 
     @property
     def failures(self) -> list[str]:
@@ -84,15 +87,16 @@ def collect(run: Run) -> Results:
     return Results(
         run.task.metric, run.task.key, rows, scores, _curves(run), _plans(run), certificates,
         _parity(run, certificates, labels), total(entry["drift"] for entry in certificates), labels,
-        _seconds(run), run.stages.versions,
+        _seconds(run), run.stages.versions, run.task.shown,
     )  # fmt: skip
 
 
 def _float_candidates(run: Run) -> list[Candidate]:
-    record, file = run.float_(), run.float_file()
+    record = run.float_()
     size = (run.folder / "float" / WEIGHTS).stat().st_size
     found = [Candidate("float", TORCH, record, size, lambda: run.torch_runner(run.float_model()), "float")]
     for engine in run.job.engines:
+        file = run.float_file()
         found.append(
             Candidate(
                 "float", engine, file, file.result["bytes"], lambda e=engine: run.file_runner("float.onnx", e), "float"
@@ -116,7 +120,10 @@ def _quantized_candidates(run: Run, section: RecipeSection, phase: str) -> list[
     deployed = phase == final or run.job.evaluation.deploy_ptq
     size = run.convert(section, phase if deployed else final).result["bytes"]
     found = [Candidate(name, TORCH, trained, size, lambda: run.torch_runner(run.model(section, phase)), times_as)]
-    if deployed and not run.is_free(section):
+    if deployed and run.is_free(section):
+        record, stem = run.convert(section, phase), run.stem(section, phase)
+        found.append(Candidate(name, INTEGERS, record, size, lambda: run.artifact_runner(stem), times_as))
+    elif deployed:
         file = run.export(section, phase)
         stem = run.stem(section, phase)
         for engine in run.file_engines(section):
@@ -143,13 +150,14 @@ def _certificates(run: Run, section: RecipeSection) -> list[dict[str, Any]]:
 
 def _row(candidate: Candidate, key: str, value: float, times: dict[str, float]) -> Row:
     own = times[f"{candidate.times_as} {candidate.engine}"]
+    same = TORCH if candidate.engine == INTEGERS else candidate.engine
     return {
         "name": candidate.name,
         "engine": candidate.engine,
         key: round(value, 4),
         "file_bytes": candidate.bytes,
         "latency_ms": round(own, 4),
-        "speedup_vs_float_same_engine": round(times[f"float {candidate.engine}"] / own, 4),
+        "speedup_vs_float_same_engine": round(times[f"float {same}"] / own, 4),
         "speedup_vs_torch_float": round(times[f"float {TORCH}"] / own, 4),
     }
 

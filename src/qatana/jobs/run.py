@@ -18,7 +18,7 @@ from torch import nn
 import qatana as qt
 from qatana.files import write_json
 from qatana.jobs import bench, models
-from qatana.jobs.evaluate import FileRunner, Runner, TorchRunner, predict
+from qatana.jobs.evaluate import ArtifactRunner, FileRunner, Runner, TorchRunner, predict
 from qatana.jobs.job import Job, RecipeSection
 from qatana.jobs.progress import Progress
 from qatana.jobs.stages import Record, Stages
@@ -101,9 +101,12 @@ class Run:
     # -- quantized -------------------------------------------------------------------------------------------------
     def plan(self, section: RecipeSection) -> qt.Plan:
         """The plan of a recipe, on the float model of this run, or on the one it would start from."""
+        return qt.plan(self.untrained(), self.job.recipe(section), self._example())
+
+    def untrained(self) -> nn.Module:
+        """The float model of this run where it is done, else the one that it would start from."""
         done = (self.folder / "float" / models.WEIGHTS).is_file()
-        model = self.float_model() if done else models.build(self.job, self.task.classes, self.seed)
-        return qt.plan(model, self.job.recipe(section), self._example())
+        return self.float_model() if done else models.build(self.job, self.task.classes, self.seed)
 
     def ptq(self, section: RecipeSection) -> Record:
         """Plan, prepare, calibrate."""
@@ -232,16 +235,16 @@ class Run:
         evaluation = self.job.evaluation
 
         def work(scratch: Path) -> Any:
-            labels = predict(runner(), self.task, evaluation.batch_size, self.progress, f"{name} in {engine}")
-            save_tensors({"labels": labels.to(torch.int16)}, self.folder / f"predictions/{stem}.safetensors")
-            return self.task.score(labels)
+            found = predict(runner(), self.task, evaluation.batch_size, self.progress, f"{name} in {engine}")
+            save_tensors(found, self.folder / f"predictions/{stem}.safetensors")
+            return self.task.score(found)
 
         inputs = {"source": source, "data": self.task.fingerprint, "batch_size": evaluation.batch_size}
         files = [f"predictions/{stem}.safetensors"]
         return self.stages.run(f"evaluate.{stem}", inputs, work, files, f"evaluate {name} in {engine}")
 
     def labels(self, name: str, engine: str) -> torch.Tensor:
-        """The labels that `evaluate` found, int16."""
+        """The labels that `evaluate` found."""
         return load_tensors(self.folder / f"predictions/{name}-{engine}.safetensors")["labels"]
 
     def benchmark(self, runners: dict[str, Any], sources: dict[str, Record]) -> Record:
@@ -258,6 +261,9 @@ class Run:
 
     def torch_runner(self, model: nn.Module) -> Runner:
         return TorchRunner(model)
+
+    def artifact_runner(self, stem: str) -> Runner:
+        return ArtifactRunner(self.folder / "artifacts" / stem)
 
     def file_runner(self, file: str, engine: str) -> Runner:
         return FileRunner(self.folder / file, engine, bench.threads())

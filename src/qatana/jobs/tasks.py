@@ -1,6 +1,6 @@
 """What a job is about: its data as batches, and how outputs become a score.
 
-A Task has `classes`, the loaders `train`, `calibration` and `test`, a `sample` batch for latency, and `score`. The three kinds
+A Task has `classes`, the loaders `train`, `calibration` and `test`, a `sample` batch for latency, and `score`. The kinds
 differ in nothing else, so that no stage asks which one it has."""
 
 from __future__ import annotations
@@ -11,18 +11,21 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qatana.errors import DataError
-from qatana.jobs import images, metrics, models, text
-from qatana.jobs.job import ImageData, Job, TextData, TokenData
+from qatana.jobs import images, language, metrics, models, text
+from qatana.jobs.job import ImageData, Job, LanguageData, TextData, TokenData
 
 SAMPLE_SEED = 0  # of the test rows that Evaluation.limit picks: the same ones for every model and seed
 Score = dict[str, Any]
-"""value (points, 0 to 100), rows, and of token classification: entities (EntityReport), tokens (TokenTable)"""
+"""value (points, 0 to 100; perplexity), rows, and of token classification: entities (EntityReport), tokens (TokenTable)"""
+Predictions = dict[str, Tensor]
+"""What is kept of a model's outputs on the test part: labels (predicted classes, integers), of language modeling also nll (float32)"""
 
 
 class Task(ABC):
@@ -30,6 +33,8 @@ class Task(ABC):
 
     metric: str
     key: str
+    shown: ClassVar[dict[str, Any]] = {}
+    """How a report shows the metric, where it is no points of which more is better"""
     classes: list[str]
     fingerprint: str
 
@@ -49,19 +54,25 @@ class Task(ABC):
     def sample(self, batch: int, sequence: int) -> Any:
         """One batch of exactly this size, of real data."""
 
-    @abstractmethod
-    def labels(self, outputs: Sequence[Tensor], batch_size: int) -> Tensor:
-        """Predicted class ids, int64 (words or rows,), in the order of the file, from the logits of `test(batch_size)`."""
+    def read(self, logits: Tensor, batch: Any) -> Predictions:
+        """What is kept of the logits of one batch."""
+        return {"labels": logits.argmax(-1)}
 
     @abstractmethod
-    def score(self, labels: Tensor) -> Score:
-        """The score of `labels`."""
+    def gather(self, parts: Sequence[Predictions], batch_size: int) -> Predictions:
+        """What `read` kept of each batch of `test(batch_size)`, as one, in the order of the file, each tensor with one dimension."""
+
+    @abstractmethod
+    def score(self, found: Predictions) -> Score:
+        """The score of what `gather` made."""
 
 
 def task(job: Job) -> Task:
     """The task of a job, its data read and checked. Raises: DataError, MissingExtra."""
     if isinstance(job.data, ImageData):
         return ImageTask(job, job.data)
+    if isinstance(job.data, LanguageData):
+        return LanguageTask(job, job.data)
     return TokenTask(job, job.data) if isinstance(job.data, TokenData) else TextTask(job, job.data)
 
 
@@ -124,14 +135,15 @@ class TokenTask(_Encoded):
         self.pad_to_multiple = data.pad_to_multiple
         self.fingerprint = _digest(self.train_data.ids, self.train_data.labels, self.test_data.ids, self.gold)
 
-    def labels(self, outputs: Sequence[Tensor], batch_size: int) -> Tensor:
-        picked = [logits.argmax(-1) for logits in outputs]
+    def gather(self, parts: Sequence[Predictions], batch_size: int) -> Predictions:
+        picked = [part["labels"] for part in parts]
         tags = text.word_tags(self.test_data, self.test(batch_size).rows(0), picked, self.classes)
         class_of = {name: i for i, name in enumerate(self.classes)}
-        return torch.tensor([class_of[tag] for sentence in tags for tag in sentence])
+        labels = [class_of[tag] for sentence in tags for tag in sentence]
+        return {"labels": torch.tensor(labels, dtype=torch.int16)}
 
-    def score(self, labels: Tensor) -> Score:
-        words = iter(self.classes[i] for i in labels.tolist())
+    def score(self, found: Predictions) -> Score:
+        words = iter(self.classes[i] for i in found["labels"].tolist())
         tags = [[next(words) for _ in sentence] for sentence in self.gold]
         entities = metrics.entity_report(self.gold, tags)
         table = metrics.token_table(self.gold, tags)
@@ -158,13 +170,12 @@ class TextTask(_Encoded):
             self.train_data.ids, self.train_data.labels, self.test_data.ids, self.test_data.labels
         )
 
-    def labels(self, outputs: Sequence[Tensor], batch_size: int) -> Tensor:
+    def gather(self, parts: Sequence[Predictions], batch_size: int) -> Predictions:
         rows = torch.tensor([row for batch in self.test(batch_size).rows(0) for row in batch])
-        picked = torch.cat([logits.argmax(-1) for logits in outputs])
-        return picked[torch.argsort(rows)]
+        return {"labels": _labels(parts)[torch.argsort(rows)]}
 
-    def score(self, labels: Tensor) -> Score:
-        return _accuracy(labels, torch.tensor(self.test_data.labels))
+    def score(self, found: Predictions) -> Score:
+        return _accuracy(found["labels"], torch.tensor(self.test_data.labels))
 
 
 class ImageTask(Task):
@@ -190,11 +201,61 @@ class ImageTask(Task):
     def sample(self, batch: int, sequence: int) -> Tensor:
         return self.data.normalise(self.data.train_x[:batch])
 
-    def labels(self, outputs: Sequence[Tensor], batch_size: int) -> Tensor:
-        return torch.cat([logits.argmax(-1) for logits in outputs])
+    def gather(self, parts: Sequence[Predictions], batch_size: int) -> Predictions:
+        return {"labels": _labels(parts)}
 
-    def score(self, labels: Tensor) -> Score:
-        return _accuracy(labels, self.data.test_y[: self.limit])
+    def score(self, found: Predictions) -> Score:
+        return _accuracy(found["labels"], self.data.test_y[: self.limit])
+
+
+class LanguageTask(Task):
+    """Predicting the next token; judged by perplexity: the exponential of the mean negative log-likelihood of a token, in nats.
+
+    The text is cut into blocks without overlap, and the first token of each is not predicted. The fewer tokens a block has, the less
+    context its tokens have: figures compare at one `test_block` only."""
+
+    metric = key = "perplexity"
+    shown: ClassVar[dict[str, Any]] = {"unit": "perplexity", "higher_is_better": False}
+
+    def __init__(self, job: Job, data: LanguageData) -> None:
+        tokenizer = models.tokenizer(job)
+        paths = (_file(text.resolve_path(job.path(where))) for where in (data.train, data.test))
+        sizes = (data.block, data.test_block)
+        self.train_rows, test = (language.blocks(tokenizer, p, size) for p, size in zip(paths, sizes, strict=True))
+        self.test_rows = test[_limited(list(range(len(test))), job.evaluation.limit)]
+        self.classes = []
+        self.fingerprint = _digest(self.train_rows, self.test_rows, sizes)
+
+    def train(self, batch_size: int, seed: int) -> language.Blocks:
+        return language.Blocks(self.train_rows, batch_size, seed=seed)
+
+    calibration = train
+
+    def test(self, batch_size: int) -> language.Blocks:
+        return language.Blocks(self.test_rows, batch_size, shuffle=False)
+
+    def sample(self, batch: int, sequence: int) -> dict[str, Tensor]:
+        tokens = self.train_rows.flatten()
+        if len(tokens) < batch * sequence:
+            raise DataError(
+                f"{len(tokens)} tokens are too few for {batch} rows of {sequence}; lower benchmark.sequence"
+            )
+        return {"input_ids": tokens[: batch * sequence].view(batch, sequence)}
+
+    def read(self, logits: Tensor, batch: Any) -> Predictions:
+        ahead, tokens = logits[:, :-1], batch["input_ids"][:, 1:]
+        nll = F.cross_entropy(ahead.flatten(0, 1).float(), tokens.flatten(), reduction="none").view(tokens.shape)
+        return {"labels": ahead.argmax(-1).to(torch.int32), "nll": nll}
+
+    def gather(self, parts: Sequence[Predictions], batch_size: int) -> Predictions:
+        return {key: torch.cat([part[key].flatten() for part in parts]) for key in parts[0]}
+
+    def score(self, found: Predictions) -> Score:
+        return {"value": float(found["nll"].double().mean().exp()), "rows": len(self.test_rows)}
+
+
+def _labels(parts: Sequence[Predictions]) -> Tensor:
+    return torch.cat([part["labels"] for part in parts]).to(torch.int16)
 
 
 def _accuracy(labels: Tensor, gold: Tensor) -> Score:

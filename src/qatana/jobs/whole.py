@@ -69,7 +69,8 @@ def measured(run: Run) -> dict[str, Any]:
         final = run.phases(section)[-1]
 
         def work(scratch: Path, section: Any = section, final: str = final) -> Any:
-            batches = list(itertools.islice(run.task.calibration(MEASURED_ROWS, run.seed), MEASURED_BATCHES))
+            rows = min(MEASURED_ROWS, section.calibration.batch_size)
+            batches = list(itertools.islice(run.task.calibration(rows, run.seed), MEASURED_BATCHES))
             trained = run.model(section, final) if final != PTQ else None
             return qt.measure(run.float_model(), run.model(section, PTQ), trained, batches, variant=section.name)
 

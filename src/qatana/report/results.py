@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from qatana.report.data import Metric, ResultRow
 
-ENGINES = {"torch": "PyTorch", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
+ENGINES = {"torch": "PyTorch", "integers": "PyTorch, integers", "onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 _ACCURACY_FROM = ("torch", "onnxruntime", "openvino")
 _DEPLOYED_FIRST = ("onnxruntime", "openvino", "torch")
 # Half a unit in the last digit of a published figure (86.4): a smaller loss is not visible in it.

@@ -2,10 +2,52 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from qatana.errors import DataError
+
+PIECE = 1 << 19
+"""Logits worked on at a time. Those of a vocabulary fill hundreds of megabytes: whole tensors would go through memory a dozen times."""
+
+
+class _Divergence(torch.autograd.Function):
+    """KL(p || q) at each position, float32;   d KL / d student = (q - p) / T, kept in the student's dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+        classes = student.shape[-1]
+        rows, taught = student.reshape(-1, classes), teacher.reshape(-1, classes)
+        found = torch.empty(len(rows), dtype=torch.float32, device=student.device)
+        wanted = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(rows) if wanted else None
+        size = max(1, PIECE // max(1, classes))
+        for start in range(0, len(rows), size):
+            piece = slice(start, start + size)
+            log_q = F.log_softmax(rows[piece].float() / temperature, dim=-1)
+            log_p = F.log_softmax(taught[piece].float() / temperature, dim=-1)
+            p = log_p.exp()
+            found[piece] = (p * (log_p - log_q)).sum(-1)
+            if gradient is not None:
+                gradient[piece] = log_q.exp_().sub_(p).div_(temperature)
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        ctx.shape = student.shape
+        return found.reshape(student.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        factor = outer.reshape(-1, 1)
+        inner = (gradient * factor.to(gradient.dtype)).masked_fill_(
+            factor == 0, 0.0
+        )  # what a mask leaves out may be infinite
+        return inner.reshape(ctx.shape), None, None
 
 
 def distillation_loss(
@@ -26,9 +68,7 @@ def distillation_loss(
         )
     if not temperature > 0:
         raise DataError(f"temperature={temperature} must be above 0")
-    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits.detach().float() / temperature, dim=-1)
-    divergence = (teacher.exp() * (teacher - student)).sum(-1)
+    divergence: Tensor = _Divergence.apply(student_logits, teacher_logits.detach(), temperature)  # type: ignore[assignment]
     if mask is None:
         return divergence.mean() * temperature**2
     if mask.shape != divergence.shape:

@@ -123,7 +123,8 @@ class Run:
             group["lr"] = initial * rate
         every = self.training.sample_every
         sampled = bool(every) and self.step % every == 0
-        with self.watch.sampling(sampled) as counts:
+        half = torch.autocast(self.device.type, torch.bfloat16, enabled=self.training.autocast is not None)
+        with self.watch.sampling(sampled) as counts, half:
             loss, parts = self.objective(batch, self.device)
         value = float(loss.detach())
         if not math.isfinite(value):

@@ -24,6 +24,7 @@ class Objective:
 
     task  `loss(logits, labels)` if given; else the model's own loss if it takes `labels` (Hugging Face); else
           cross entropy over the last dimension of the logits, label -100 ignored
+    With d = 1 the labels are not looked at, but for which positions count.
     The KL is the mean over positions whose label counts, where labels are per position; else over those of the
     attention mask.
     Raises: TrainingError for a teacher without distillation or the reverse; DataError for missing labels."""
@@ -48,17 +49,22 @@ class Objective:
         args, kwargs = move(split_inputs(batch, self.model), device)
         labels = find_labels(batch, len(args))
         labels = labels.to(device) if isinstance(labels, Tensor) else labels
-        own_loss = self.takes_labels and labels is not None and bool(kwargs)
+        taught_alone = self.share == 1  # what the labels say counts for nothing: it is not computed
+        own_loss = self.takes_labels and labels is not None and bool(kwargs) and not taught_alone
         outputs = self.model(*args, **kwargs, labels=labels) if own_loss else self.model(*args, **kwargs)
         logits = logits_of(outputs)
-        task = outputs["loss"] if own_loss else self._task(logits, labels)
+        task = None if taught_alone else outputs["loss"] if own_loss else self._task(logits, labels)
         if self.teacher is None:
+            assert task is not None
             return task, {}
         with torch.no_grad():
             taught = logits_of(self.teacher(*args, **kwargs))
         mask = position_mask(logits, labels, kwargs.get("attention_mask"), self.is_causal)
         divergence = distillation_loss(logits, taught, mask=mask, temperature=self.temperature)
-        parts = {"task_loss": float(task.detach()), "distillation_loss": float(divergence.detach())}
+        parts = {"distillation_loss": float(divergence.detach())}
+        if task is None:
+            return divergence, parts
+        parts = {"task_loss": float(task.detach()), **parts}
         return (1 - self.share) * task + self.share * divergence, parts
 
     def _task(self, logits: Tensor, labels: Any) -> Tensor:

@@ -29,6 +29,8 @@ class Training(BaseModel):
     lr_factors        {name pattern: multiple of lr}
     frozen            name patterns of parameters that do not train
     clip              largest gradient norm (None: no clipping)
+    autocast          "bfloat16": forward passes (the teacher's too) run under torch.autocast. Losses, gradients, optimizer and scales stay
+                      float32; what is judged and converted afterwards runs without it
     distillation      share d of the loss: (1 - d) * task + d * T^2 KL(teacher || student), T = temperature
     float_steps, freeze_ranges_at, freeze_batch_norm_at    see Controller
     seed              of torch, NumPy and Python, set when the training starts (None: left alone)
@@ -52,6 +54,7 @@ class Training(BaseModel):
     lr_factors: dict[str, NotNegative] = {}
     frozen: tuple[str, ...] = ()
     clip: Positive | None = 1.0
+    autocast: Literal["bfloat16"] | None = None
     distillation: Share = 0.0
     temperature: Positive = 1.0
     float_steps: When = 0

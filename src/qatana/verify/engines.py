@@ -28,6 +28,12 @@ FLOAT_PRODUCTS = frozenset(
 """Products that run in float: ONNX Runtime's operators (integer ones are QGemm, QLinearConv, MatMulIntegerToFloat ...), and labels that
 `OpenVinoSession.kernels` gives; OpenVINO's MatMul is left out, since what is fused around it decides its precision."""
 
+INTEGER_PRODUCTS = frozenset(
+    {"QGemm", "QLinearConv", "QLinearMatMul", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMulNBits"}
+    | {"MatMulInteger", "ConvInteger"}
+)
+"""ONNX Runtime's products of integers, some of which a file may ask for by name."""
+
 _PRODUCTS = {"FullyConnected", "MatMul", "Convolution", "GroupConvolution", "Gemm"}
 
 
@@ -50,6 +56,10 @@ class Session(ABC):
     @abstractmethod
     def float_products(self) -> list[str]:
         """Products (Gemm, MatMul, Conv) of the optimized graph that compute in float although a DequantizeLinear feeds them."""
+
+    @abstractmethod
+    def integer_products(self) -> tuple[int, int]:
+        """(asked, computed): products of two dequantized tensors and integer products in the file; how many of them are integer kernels."""
 
     def _arrays(self, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
         missing = [name for name in self.inputs if name not in feeds]
@@ -107,6 +117,10 @@ class OnnxRuntimeSession(Session):
             if node.op_type in FLOAT_PRODUCTS and any(_is_dequantized(name, makers) for name in node.input)
         ]
 
+    def integer_products(self) -> tuple[int, int]:
+        asked = len(_asked(_nodes(self._source)))
+        return asked, min(asked, sum(node.op_type in INTEGER_PRODUCTS for node in self._graph().node))
+
     def _graph(self) -> Any:
         """The optimized graph, as the engine writes it."""
         if self._optimized is None:
@@ -118,6 +132,23 @@ class OnnxRuntimeSession(Session):
                 self._open(options)
                 self._optimized = onnx.load(str(path)).graph
         return self._optimized
+
+
+def _nodes(source: Path | str | bytes) -> list[Any]:
+    """The nodes of the file as it was written."""
+    onnx = require("onnx", "onnx")
+    model = onnx.load_from_string(source) if isinstance(source, bytes) else onnx.load(str(source))
+    return list(model.graph.node)
+
+
+def _asked(nodes: Sequence[Any]) -> list[Any]:
+    """Products of two dequantized tensors, and those that are integer by their name."""
+    makers = {name: node for node in nodes for name in node.output}
+    return [
+        node for node in nodes
+        if node.op_type in INTEGER_PRODUCTS
+        or (node.op_type in _PRODUCTS | {"Conv"} and all(_is_dequantized(x, makers) for x in node.input[:2]))
+    ]  # fmt: skip
 
 
 _MOVES = {"Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Expand", "Slice"}
@@ -185,11 +216,7 @@ class OpenVinoSession(Session):
 
     def product_kernels(self) -> set[Kernel]:
         """Kernels that hold a product of two dequantized tensors, as far as OpenVINO keeps the names of nodes."""
-        makers = {name: node for node in self._nodes for name in node.output}
-        products = {
-            node.name for node in self._nodes
-            if node.op_type in _PRODUCTS | {"Conv"} and all(_is_dequantized(x, makers) for x in node.input[:2])
-        }  # fmt: skip
+        products = {node.name for node in _asked(self._nodes)}
         found = set()
         for op in self._operators(skipped=set()):
             inside = {name.partition("/")[0] for name in _info(op, "originalLayersNames").split(",")} & products
@@ -197,11 +224,13 @@ class OpenVinoSession(Session):
                 found.add(Kernel(_info(op, "layerType"), _info(op, "runtimePrecision"), frozenset(inside)))
         return found
 
+    def integer_products(self) -> tuple[int, int]:
+        integer = (kernel.products for kernel in self.product_kernels() if kernel.precision in ("i8", "u8"))
+        return len(_asked(self._nodes)), len(frozenset().union(*integer))
+
     @functools.cached_property
     def _nodes(self) -> list[Any]:
-        onnx = require("onnx", "onnx")
-        model = onnx.load_from_string(self._source) if isinstance(self._source, bytes) else onnx.load(str(self._source))
-        return list(model.graph.node)
+        return _nodes(self._source)
 
     def _operators(self, skipped: set[str] = _NO_KERNELS) -> list[Any]:
         return [op for op in self._compiled.get_runtime_model().get_ops() if _info(op, "layerType") not in skipped]

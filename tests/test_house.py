@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted((ROOT / "src").rglob("*.py"))
 EXAMPLES = sorted(p for p in (ROOT / "examples").rglob("*") if p.suffix in {".py", ".yaml", ".yml", ".sh"})
 
-EXTRAS = {"onnx", "openvino", "hf", "report", "vision", "dev", "references"}
+EXTRAS = {"onnx", "openvino", "hf", "lora", "report", "vision", "dev", "references"}
 # Import names of everything that only an extra brings: a plain install must not need them.
 OPTIONAL = (
     *("onnx", "onnxscript", "onnxruntime", "openvino"),

@@ -51,7 +51,13 @@ def test_strides_do_not_matter() -> None:
 
 
 def test_what_is_chosen() -> None:
-    assert choose(64, 64, 64, CPU) == "int_mm"  # any x86-64 processor with VNNI; CI's is one
+    if not KERNELS["int_mm"].takes(
+        64, 64, 64, CPU
+    ):  # a processor whose int8 products saturate: floats, exact all the same
+        assert choose(64, 64, 1023, CPU) == "float32"
+        assert choose(64, 64, 1024, CPU) == "float64"
+        return
+    assert choose(64, 64, 64, CPU) == "int_mm"
     assert choose(64, 64, 2**31 // 128**2, CPU) == "float64", "the sum may leave int32"
     with prefer("float32"):
         assert choose(64, 64, 1023, CPU) == "float32"
@@ -82,7 +88,7 @@ CONVOLUTIONS = [
 def test_convolutions_are_exact(case: tuple, zero_point: int, layout: torch.memory_format) -> None:
     batch, channels, space, filters, kernel, stride, padding, groups, dilation = case
     x = codes(batch, channels, *space)
-    w = codes(filters, channels // groups, *kernel, seed=1).clamp(min=-127)
+    w = codes(filters, channels // groups, *kernel, seed=1)
     if channels == 1200:  # sums above 2^24, which float32 does not hold
         x, w = torch.full_like(x, 127 if zero_point < 0 else -128), torch.full_like(w, 127)
     x = x.contiguous(memory_format=layout) if x.ndim == 4 else x

@@ -46,11 +46,6 @@ class Coded(NamedTuple):
     source: Tensor | None = None
     scheme: str = ""
 
-    @property
-    def bound(self) -> int:
-        """The largest |level| whatever the zero point."""
-        return self.format.hi - self.format.lo
-
     def levels(self) -> Tensor:
         """codes - zero_point, float32: a new tensor."""
         return self.codes.float() - self.zero_point

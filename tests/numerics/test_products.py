@@ -21,7 +21,7 @@ from qatana.numerics import (
     products,
     scheme,
 )
-from qatana.numerics.coded import Coded, decode, encode, encode_weight
+from qatana.numerics.coded import Coded, decode, encode, encode_rows, encode_weight
 from qatana.numerics.engines import engine as engine_named
 from qatana.numerics.integer_sums import Geometry
 
@@ -71,6 +71,27 @@ def test_linear(shape: tuple[int, ...], engine: str) -> None:
     )
     upstream = torch.randn_like(y)
     expected = F.linear(fake_quantize_by(x, ACTIVATION, SCALE, ZERO), fake_quantize_by(w, WEIGHT), b)
+    assert_close(gradients(y, upstream, [x, w, b]), gradients(expected, upstream, [x, w, b]))
+
+
+@pytest.mark.parametrize("weight", ["int8/channel", "int4/group64", "int2/group64"])
+@pytest.mark.parametrize("shape", [(5, 192), (2, 3, 64), (0, 64), (1, 128), (3, 2048)], ids=str)
+def test_rows(weight: str, shape: tuple[int, ...]) -> None:
+    """Inputs with a scale per token, weights in blocks: the formula of `products.ROWS`, block by block in float32 on exact sums."""
+    x, w, b = linear_case(shape)
+    token, blocks = (scheme(name, scale="dynamic") for name in ("int8/token", weight))
+    assert products.by_rows(token, blocks, w.dtype)
+    coded_x, coded_w = encode_rows(x, token), encode_weight(w, blocks)
+    y = products.linear(coded_x, coded_w, b, products.ROWS)
+    levels, scales = coded_x.codes.reshape(-1, shape[-1]).long(), coded_w.scale.reshape(len(w), -1)
+    size, total = shape[-1] // scales.shape[1], torch.zeros(len(levels), len(w))
+    for i in range(scales.shape[1]):
+        part = slice(i * size, (i + 1) * size)
+        total = total + (levels[:, part] @ coded_w.codes[:, part].long().t()).float() * scales[:, i]
+    assert torch.equal(y.reshape(total.shape), total * coded_x.scale.reshape(-1, 1) + b)
+    assert torch.equal(y, products.linear_of_levels(coded_x, coded_w.codes, coded_w.scale, b))
+    upstream = torch.randn_like(y)
+    expected = F.linear(fake_quantize_by(x, token), fake_quantize_by(w, blocks), b)
     assert_close(gradients(y, upstream, [x, w, b]), gradients(expected, upstream, [x, w, b]))
 
 

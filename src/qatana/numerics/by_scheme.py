@@ -13,13 +13,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qatana.errors import DataError, SchemeError
 from qatana.numerics.formats import GgufFormat
-from qatana.numerics.grid import RangeGrid
+from qatana.numerics.fused import sweep
+from qatana.numerics.grid import Grid, IntGrid, RangeGrid
 from qatana.numerics.pieces import pieces
 from qatana.numerics.scales import Parameters
 from qatana.numerics.scheme import Scheme
@@ -94,22 +96,33 @@ def walk(
     local = own and grid.local and dims[0] != 0
     p = given if given is not None else None if local else solve(x, scheme)
     mask = mask and needs_mask(scheme, own)
-    if check and p is not None:
+    if check:
         refuse_not_finite(x)
+    if check and p is not None:
         refuse_overflow(p, x)
     out = torch.empty(stack.shape, dtype=x.dtype, device=x.device)
     inside = torch.empty(stack.shape if mask else (0,), dtype=torch.bool, device=x.device)
-    for piece in pieces(stack):
-        view = stack[piece].float()
-        if check and not bool(torch.isfinite(view.sum())):
-            refuse_not_finite(x)
-        part = grid.solve(view, dims) if p is None else part_of(p, piece, stack.shape[0])
-        values, where = grid.apply(view, part, fits=own, mask=mask)
-        out[piece] = values
-        if mask:
-            inside[piece] = True if where is None else where
+    # By way of bytes: compiled loops turn floats into bools one by one.
+    outs, constants = [out, *([inside.view(torch.uint8)] if mask else [])], (type(p), grid, dims, own, mask)
+    sweep(_fake_quantized, outs, [stack, *(() if p is None else p)], *constants, compile=compiles(grid))
     out = granularity.unview(out, x.shape)
     return out, granularity.unview(inside, x.shape) if mask else inside
+
+
+def compiles(grid: Grid) -> bool:
+    """Whether the equations of a grid are worth a compiled loop: those of integers are plain arithmetic."""
+    return isinstance(grid, IntGrid)
+
+
+def _fake_quantized(stack: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """x_hat of blocks, and where they are inside.   rest: the parameters, if given, their type, grid, dims, own, mask"""
+    *given, kind, grid, dims, own, mask = rest
+    view = stack.float()
+    p = kind(*given) if given else grid.solve(view, dims)
+    values, where = grid.apply(view, p, fits=own, mask=mask)
+    if not mask:
+        return (values,)
+    return values, torch.ones_like(values) if where is None else where
 
 
 def needs_mask(scheme: Scheme, own: bool) -> bool:
@@ -120,12 +133,15 @@ def needs_mask(scheme: Scheme, own: bool) -> bool:
 
 @torch.library.custom_op("qatana::mask_gradient", mutates_args=())
 def _mask_gradient(grad: Tensor, inside: Tensor) -> Tensor:
-    """grad * inside. In pieces, and by way of bytes: torch multiplies float by bool four times slower than it copies."""
+    """grad * inside, by way of bytes: torch multiplies float by bool four times slower than it copies."""
     out = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
-    flat, upstream, mask = out.view(-1), grad.contiguous().view(-1), inside.contiguous().view(torch.uint8).view(-1)
-    for piece in pieces(flat):
-        torch.mul(upstream[piece], mask[piece].to(grad.dtype), out=flat[piece])
+    flat = [t.view(-1) for t in (out, grad.contiguous(), inside.contiguous().view(torch.uint8))]
+    sweep(_times, flat[:1], flat[1:])
     return out
+
+
+def _times(grad: Tensor, inside: Tensor) -> tuple[Tensor]:
+    return (grad * inside.to(grad.dtype),)
 
 
 @_mask_gradient.register_fake
@@ -206,23 +222,37 @@ def _gradients(grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, scheme: s
     grid, granularity, dims = found.ranged, found.granularity, found.granularity.stack_dims()
     p = parameters_of(found, scale, offset)
     stack, upstream = granularity.stack(x.contiguous()), granularity.stack(grad.contiguous())
-    grad_x = torch.empty_like(upstream)
-    grad_scale = torch.zeros(p.scale.shape, dtype=torch.float64 if dims[0] == 0 else torch.float32, device=x.device)
-    for piece in pieces(stack):
-        part = part_of(p, piece, stack.shape[0])
-        t = grid.scaled(stack[piece].float(), part)
-        level = t.clone()
-        inside = grid.round_(level, part, mask=True)
-        g = upstream[piece].float()
-        if inside is not None:
-            t.mul_(inside)
-            grad_x[piece] = inside.mul_(g)
-        else:
-            grad_x[piece] = g
-        total = level.sub_(t).mul_(g).sum(dims, keepdim=granularity.kind != "tensor")
-        along = part.scale.shape != p.scale.shape
-        (grad_scale[piece] if along else grad_scale).add_(total)
-    return granularity.unview(grad_x, x.shape), grad_scale.float().reshape(scale.shape)
+    along = dims[0] != 0
+    if granularity.kind == "tensor":  # in rows whose terms are summed in float32, the sums then in float64
+        stack, upstream = (v.view(-1, math.gcd(v.numel(), ROW)) for v in (stack, upstream))
+    grad_x, inner = torch.empty_like(upstream), dims if along else (-1,)
+    terms = torch.empty(grid.field_shape("rows", stack.shape, inner), device=x.device)
+    sweep(_learned, [grad_x, terms], [stack, upstream, *p], grid, inner, compile=compiles(grid))
+    grad_scale = terms if along else terms.double().sum(0 if p.scale.ndim else None).float()
+    return granularity.unview(grad_x, x.shape), grad_scale.reshape(scale.shape)
+
+
+ROW = 512
+"""Elements of a tensor with one learned scale that are summed in float32."""
+
+
+def _learned(
+    stack: Tensor,
+    upstream: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    encode: Tensor,
+    grid: RangeGrid,
+    dims: tuple[int, ...],
+) -> tuple[Tensor, Tensor]:
+    """grad_x = g inside, 0 outside;   terms = sum of g (level - t) inside, of g level outside."""
+    p, g = Parameters(scale, offset, encode), upstream.float()
+    t = grid.scaled(stack.float(), p)
+    level = t.clone()
+    inside = grid.round_(level, p, mask=True)
+    if inside is None:
+        return g, ((level - t) * g).sum(dims, keepdim=True)
+    return g * inside, ((level - t * inside) * g).sum(dims, keepdim=True)
 
 
 @_gradients.register_fake
@@ -230,15 +260,18 @@ def _(grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor, scheme: str) -> tu
     return x.new_empty(x.shape, dtype=grad.dtype), scale.new_empty(scale.shape)
 
 
-def fake_quantize_by(x: Tensor, scheme: Scheme, scale: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
+def fake_quantize_by(
+    x: Tensor, scheme: Scheme, scale: Tensor | None = None, offset: Tensor | None = None, *, check: bool = True
+) -> Tensor:
     """x as its quantized form reads back, in x's dtype and shape (any float dtype, any strides, zero elements too).
 
     scale    None: from x itself, by the scheme. Else static or learned (it gets LSQ's gradient), of `granularity.scale_shape`
     offset   the zero point of an asymmetric integer scheme, shaped like the scale; None: the scheme's own
+    check    refuse NaN and infinity in x where the scale follows from it; else they come out again
     Raises: SchemeError if the granularity does not fit x's shape; DataError for NaN or infinity (eager mode)."""
     scheme.check(x.shape)
     if scale is None:
-        check = not torch.compiler.is_compiling() and not x.is_meta
+        check = check and not torch.compiler.is_compiling() and not x.is_meta
         return _own(x, scheme.text, check)[0]
     if not scheme.takes_scale:
         raise SchemeError(

@@ -10,18 +10,19 @@ kept, none where a range cannot clip, and x itself only where a learned scale ne
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qatana.errors import SchemeError
-from qatana.numerics.by_scheme import needs_mask, parameters_of, part_of, solve, stack_of
-from qatana.numerics.engine import Affine
+from qatana.numerics.by_scheme import needs_mask, parameters_of, solve, stack_of
+from qatana.numerics.engine import Affine, Engine
 from qatana.numerics.engines import engine as engine_named
 from qatana.numerics.formats import IntFormat
-from qatana.numerics.masks import apply_mask, everywhere, length, nothing_clipped, pack_mask
-from qatana.numerics.pieces import pieces
+from qatana.numerics.fused import sweep
+from qatana.numerics.masks import apply_mask, bits_of, everywhere, length, nothing_clipped, pack_mask, sweep_blocks
+from qatana.numerics.scales import Parameters
 from qatana.numerics.scheme import Scheme
 
 
@@ -93,23 +94,29 @@ def _like(flat: Tensor, dense: Tensor, order: list[int]) -> Tensor:
 def _encode(
     x: Tensor, scale: Tensor, zero_point: Tensor, scheme: str, engine: str, learned: bool, relu: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    format, arithmetic = _scheme(scheme).integer, engine_named(engine)
+    format = _scheme(scheme).integer
     y = Affine(scale, zero_point, format.lo, format.hi)
     dense, order = in_memory_order(x)
     flat = dense.reshape(-1)
     codes = torch.empty(flat.shape, dtype=torch.int8, device=x.device)
     inside = everywhere(0 if learned else flat.numel(), x.device)
     ends = torch.stack(torch.aminmax(flat)).float() if flat.numel() else scale.new_zeros(2)
-    fits = learned or (not relu and _fits(ends, y))
-    origin = origin_of(format.lo)
-    with torch.no_grad():
-        for piece in pieces(flat):
-            found, where = arithmetic.encode(flat[piece].float(), y, relu, not fits)
-            codes[piece] = found.sub_(origin) if origin else found
-            if where is not None:
-                inside[piece.start // 8 : length(piece.stop)] = pack_mask(where)
+    arithmetic, mask = engine_named(engine), not (learned or (not relu and _fits(ends, y)))
+    constants = (arithmetic, format.lo, format.hi, relu, mask)
+    sweep_blocks(
+        _codes, codes, inside if mask else None, [flat], [scale, zero_point], *constants, compile=arithmetic.fuses
+    )
     # Codes have no NaN: a tensor that holds one reads back as NaN as a whole, so that losses and their watchers see it.
     return place(x), _like(codes, dense, order), inside, torch.where(ends[0].isnan(), ends[0], scale)
+
+
+def _codes(
+    x: Tensor, scale: Tensor, zero_point: Tensor, arithmetic: Engine, lo: int, hi: int, relu: bool, mask: bool
+) -> tuple[Tensor, ...]:
+    """Codes, minus their origin, of blocks (R, 8, 64), and the bits of where they are inside."""
+    found, where = arithmetic.encode(x, Affine(scale, zero_point, lo, hi), relu, mask)
+    codes = (found - origin_of(lo)).to(torch.int8)
+    return (codes,) if where is None else (codes, bits_of(where))
 
 
 def _fits(ends: Tensor, y: Affine) -> bool:
@@ -165,12 +172,15 @@ def encode(x: Tensor, scale: Tensor, zero_point: Tensor, scheme: Scheme, engine:
 @torch.library.custom_op("qatana::decode", mutates_args=())
 def _decode(hat: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     dense, order = in_memory_order(codes)
-    flat = dense.reshape(-1)
-    out = torch.empty(flat.shape, dtype=torch.float32, device=codes.device)
-    for piece in pieces(flat):
-        part = out[piece]
-        part.copy_(flat[piece]).sub_(zero_point).mul_(scale)
+    out = torch.empty(dense.numel(), dtype=torch.float32, device=codes.device)
+    sweep(decoded, [out], [dense.reshape(-1), scale, zero_point])
     return _like(out, dense, order)
+
+
+def decoded(codes: Tensor, scale: Tensor | None, zero_point: Tensor | None) -> tuple[Tensor]:
+    """(code - zero_point) * scale, float32; None: 0 and 1."""
+    levels = codes.float() if zero_point is None else codes.float() - zero_point
+    return (levels if scale is None else levels * scale,)
 
 
 @_decode.register_fake
@@ -201,26 +211,30 @@ def _encode_weight(
     p = solve(dense, found) if own and (dims[0] == 0 or not stack.numel()) else p
     codes = torch.empty(stack.shape, dtype=torch.int8, device=w.device)
     masked = not learned and needs_mask(found, own)
-    inside = torch.ones(stack.shape if masked else (0,), dtype=torch.uint8, device=w.device)
-    scales, known = [], True
-    for piece in pieces(stack):
-        view = stack[piece].float()
-        part = grid.solve(view, dims) if p is None else part_of(p, piece, stack.shape[0])
-        t = grid.scaled(view, part)
-        known = known and not bool(t.sum().isnan())
-        where = grid.round_(t, part, fits=own, mask=masked)
-        codes[piece] = t
-        if where is not None:
-            inside[piece] = where
-        scales.append(part.scale)
-    scale = p.scale if p is not None else torch.cat(scales)
-    scale = scale if known else scale * torch.nan  # codes have no NaN: the scale carries it
+    inside = torch.empty(stack.shape if masked else (0,), dtype=torch.uint8, device=w.device)
+    scales = torch.empty(grid.field_shape("scale", stack.shape, dims), dtype=torch.float32, device=w.device)
+    per_row = dims[0] != 0
+    outs = [codes, *([inside] if masked else []), *([scales] if own and per_row else [])]
+    sweep(_weight_codes, outs, [stack, *(() if p is None else p)], grid, dims, masked, own and per_row)
+    scale = scales if p is None else p.scale if stack.numel() else scales.fill_(1)
+    scale = torch.where(dense.sum().isnan(), torch.nan, scale)  # codes have no NaN: the scale carries it
     return (
         place(w),
         granularity.unview(codes, w.shape),
         pack_mask(inside),
         scale.reshape(_scale_shape(w, found)).clone(),
     )
+
+
+def _weight_codes(stack: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """Codes of blocks, where they are inside, and the scales where they are the blocks' own.   rest: the parameters, if given, grid,
+    dims, whether to tell where inside, whether to give scales"""
+    *given, grid, dims, mask, scales = rest
+    view, own = stack.float(), not given
+    p = Parameters(*given) if given else grid.solve(view, dims)
+    t = grid.scaled(view, p)
+    where = grid.round_(t, p, fits=own, mask=mask)
+    return t.to(torch.int8), *((where,) if where is not None else ()), *((p.scale,) if scales else ())
 
 
 def _scale_shape(w: Tensor, scheme: Scheme) -> tuple[int, ...]:
@@ -272,6 +286,12 @@ def encode_weight(w: Tensor, scheme: Scheme, scale: Tensor | None = None, zero_p
     hat, codes, _, used = _encode_weight(w, scale, zero_point, scheme.text, learned)
     source = w.detach() if w.is_leaf else None
     return Coded(hat, codes, used, torch.zeros_like(used), scheme.integer, scheme.zero_point, source, scheme.text)
+
+
+def encode_rows(x: Tensor, scheme: Scheme) -> Coded:
+    """An activation as levels (zero point 0), with a scale for each row, from its values.   x (*batch, K) of any float dtype."""
+    hat, codes, _, used = _encode_weight(x, None, None, scheme.text, False)
+    return Coded(hat, codes, used, torch.zeros_like(used), scheme.integer, scheme.zero_point)
 
 
 def encode_again(w: Tensor, scale: Tensor, scheme: str) -> Tensor:

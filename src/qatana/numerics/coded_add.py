@@ -5,15 +5,16 @@ d a_hat = d b_hat = d y where a_hat + b_hat, rounded, is inside y's range (and a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from qatana.numerics.coded import Coded, in_memory_order, masked, memory_order, origin_of, place
 from qatana.numerics.engine import Affine
 from qatana.numerics.engines import engine as engine_named
-from qatana.numerics.masks import everywhere, length, pack_mask
-from qatana.numerics.pieces import pieces
-from qatana.numerics.products import touches_ends
+from qatana.numerics.masks import bits_of, everywhere, length, sweep_blocks
+from qatana.numerics.products import is_inside
 
 
 def add(a: Coded, b: Coded, y: Affine, relu: bool, engine: str) -> tuple[Tensor, Tensor]:
@@ -29,29 +30,29 @@ def _add(
     y_scale: Tensor, y_zero: Tensor, lo: int, hi: int, relu: bool, engine: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with torch.no_grad():
-        y, arithmetic = Affine(y_scale, y_zero, lo, hi), engine_named(engine)
-        pa, pb = (
-            Affine(s, z + origin, 0, 255) for s, z, origin in ((a_scale, a_zero, a_origin), (b_scale, b_zero, b_origin))
-        )
+        arithmetic = engine_named(engine)
         dense, order = in_memory_order(a)
-        other = b.permute(order).contiguous().reshape(-1)
+        flat, other = dense.reshape(-1), b.permute(order).contiguous().reshape(-1)
         out = torch.empty_like(a)
-        flat, codes = dense.reshape(-1), out.permute(order).reshape(-1)
         inside = everywhere(flat.numel(), a.device)
-        offset = y_zero - origin_of(lo)
-        for piece in pieces(flat):
-            la, lb = flat[piece].float().sub_(a_zero), other[piece].float().sub_(b_zero)
-            levels = arithmetic.add_levels(la, pa, lb, pb, y)
-            if relu or touches_ends(levels, y):
-                value = la.mul_(a_scale).add_(lb.mul_(b_scale))
-                rounded = torch.round(value / y_scale).add_(y_zero)
-                where = rounded.eq(rounded.clamp(lo, hi))
-                inside[piece.start // 8 : length(piece.stop)] = pack_mask(
-                    where.logical_and_(value > 0) if relu else where
-                )
-                levels = levels.clamp_(min=0) if relu else levels
-            codes[piece] = levels.add_(offset)
+        parameters = [a_scale, a_zero, b_scale, b_zero, y_scale, y_zero]
+        constants = (arithmetic, a_origin, b_origin, lo, hi, relu)
+        codes = out.permute(order).reshape(-1)
+        sweep_blocks(_levels, codes, inside, [flat, other], parameters, *constants, compile=arithmetic.fuses)
     return place(out), out, inside
+
+
+def _levels(a: Tensor, b: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Codes, minus their origin, of blocks, and the bits of where they are inside."""
+    a_scale, a_zero, b_scale, b_zero, y_scale, y_zero, arithmetic, a_origin, b_origin, lo, hi, relu = rest
+    y = Affine(y_scale, y_zero, lo, hi)
+    pa, pb = Affine(a_scale, a_zero + a_origin, 0, 255), Affine(b_scale, b_zero + b_origin, 0, 255)
+    la, lb = a.float() - a_zero, b.float() - b_zero
+    levels, value = arithmetic.add_levels(la, pa, lb, pb, y), la * a_scale + lb * b_scale
+    inside = is_inside(value, y)
+    if relu:
+        levels, inside = levels.clamp(min=0), inside.logical_and(value > 0)
+    return (levels + (y_zero - origin_of(lo))).to(torch.int8), bits_of(inside)
 
 
 @_add.register_fake

@@ -8,20 +8,37 @@ Kept for the backward pass: the codes of q, k, v, a bit per element where dropou
 computed once more from the codes, bit for bit; then the float formulas' gradients:
     d P_hat = dy v_hat^T,  d v_hat = P_hat^T dy,  d S = P (d P - sum(d P P)),  d q_hat = d S k_hat scaling,  d k_hat = d S^T q_hat scaling
 
-One batch element at a time, all heads of it: its scores stay in the processor's cache."""
+A few batch elements at a time, all heads of them: their scores stay in the processor's cache."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from qatana.numerics.coded import Coded, masked
-from qatana.numerics.engine import Affine
+from qatana.numerics.coded import Coded, decoded, masked
+from qatana.numerics.engine import Affine, Engine
 from qatana.numerics.engines import engine as engine_named
-from qatana.numerics.integer_sums import exact_float, integer_sum
+from qatana.numerics.fused import sweep
+from qatana.numerics.integer_sums import EXACT_FLOAT, exact_float, integer_sum
 from qatana.numerics.masks import length, pack_mask, unpack_mask
-from qatana.numerics.products import mark_inside, reduced_gradients, touches_ends
+from qatana.numerics.products import is_inside, reduced_gradients
 from qatana.numerics.workspace import buffer
+
+DRAWS = 2**16
+SCORES = 2**21
+"""Scores computed at a time, 8 MB of float32."""
+FLOAT_PRODUCTS = 2**17
+"""Entries of a head's scores from which one integer product per head pays for its call; below, all heads go into one float product."""
+LEVEL = 255
+"""The largest |level|."""
+
+
+def chunks(batch: int, entries: int) -> Iterator[slice]:
+    """Batch elements that are worked on at a time, `entries` scores each."""
+    size = max(1, min(batch, SCORES // max(1, entries)))
+    return (slice(start, min(batch, start + size)) for start in range(0, batch, size))
 
 
 class _Products:
@@ -36,16 +53,17 @@ class _Products:
         self.mask, self.scaling, self.probability, self.engine = mask, scaling, probability, engine_named(engine)
         self.threshold = round(dropout * DRAWS)
         self.kept_share = 1 - self.threshold / DRAWS
-        self.p_origin = 0 if probability.lo < 0 else 128
+        self.share = torch.full((), 1 - self.threshold / DRAWS, device=q.device)
 
-    def softmax(self, b: int) -> Tensor:
-        """softmax(scores) (H, Q, T) of a batch element, float32."""
+    def softmax(self, b: slice) -> Tensor:
+        """softmax(scores) (n, H, Q, T) of batch elements, float32, in memory that is good until the next call."""
         (q, q_scale, q_zero), (k, k_scale, k_zero) = self.q, self.k
         acc = _exact_products(q[b], q_zero, k[b], k_zero)
-        scores = self.engine.product(acc, (q_scale * self.scaling) * k_scale)
-        if self.mask is not None:
-            scores = scores + self.mask[b if self.mask.shape[0] > 1 else 0]
-        return torch.softmax(scores, -1)
+        scores = buffer("scores", acc.shape, torch.float32, acc.device)
+        mask = self.mask if self.mask is None or self.mask.shape[0] == 1 else self.mask[b]
+        sweep(_scores, [scores], [acc, (q_scale * self.scaling) * k_scale, mask], self.engine)
+        p = buffer("probabilities", acc.shape, torch.float32, acc.device)
+        return torch.ops.aten._softmax.out(scores, -1, False, out=p)
 
     def draw(self, elements: int, device: torch.device) -> Tensor | None:
         """uint8 (n,), 1 where dropout keeps: 16 random bits each, so its probability is a multiple of 2^-16."""
@@ -54,19 +72,23 @@ class _Products:
         words = torch.empty(-(-elements // 4), dtype=torch.int64, device=device).random_(-(2**63), None)
         return words.view(torch.int16)[:elements].ge(self.threshold - DRAWS // 2).view(torch.uint8)
 
-    def drop(self, p: Tensor, keep: Tensor | None) -> Tensor:
-        """p where kept, divided by the share that is kept."""
-        return p if keep is None else p * keep.view(p.shape) / torch.full((), self.kept_share, device=p.device)
+    def levels(self, p: Tensor, keep: Tensor | None) -> Tensor:
+        """Levels of the probabilities behind dropout."""
+        y = self.probability
+        out = buffer("levels", p.shape, torch.float32, p.device)
+        keep, constants = None if keep is None else keep.view(p.shape), (self.engine, y.lo, y.hi)
+        sweep(_levels, [out], [p, keep, self.share, y.scale, y.zero_point], *constants, compile=self.engine.fuses)
+        return out
 
-    def levels(self, p: Tensor) -> Tensor:
-        return self.engine.levels(p, self.probability)
-
-    def context(self, b: int, levels: Tensor) -> Tensor:
-        """acc (H, Q, D), exact."""
+    def context(self, b: slice, levels: Tensor) -> Tensor:
+        """acc (n, H, Q, D), exact."""
         v, _, v_zero = self.v
-        zero = self.probability.zero_point - self.p_origin
-        codes = (levels + zero).to(torch.int8)
-        return _exact_products(codes, zero, v[b].transpose(1, 2), v_zero)
+        columns = v[b].transpose(2, 3)
+        largest = levels.shape[-1] * LEVEL**2
+        if largest < EXACT_FLOAT or float(levels.abs().sum(-1).amax()) * LEVEL < EXACT_FLOAT:
+            return _float_products(levels, _levels_of(columns, v_zero, "columns", torch.float32))
+        zero = self.probability.zero_point - (0 if self.probability.lo < 0 else 128)
+        return _integer_products((levels + zero).to(torch.int8), zero, columns, v_zero)
 
     @property
     def s32(self) -> Tensor:
@@ -74,27 +96,82 @@ class _Products:
         return self.probability.scale * self.v[1] + 0 * (self.q[1] * self.k[1])
 
 
-DRAWS = 2**16
+def _scores(acc: Tensor, s32: Tensor, mask: Tensor | None, engine: Engine) -> tuple[Tensor]:
+    scores = engine.product(acc, s32)
+    return (scores if mask is None else scores + mask,)
+
+
+def _dropped(p: Tensor, keep: Tensor | None, share: Tensor) -> Tensor:
+    """p where kept, divided by the share that is kept."""
+    return p if keep is None else p * keep / share
+
+
+def _levels(
+    p: Tensor, keep: Tensor | None, share: Tensor, scale: Tensor, zero_point: Tensor, engine: Engine, lo: int, hi: int
+) -> tuple[Tensor]:
+    return (engine.levels(_dropped(p, keep, share), Affine(scale, zero_point, lo, hi)),)
+
+
+def _levels_of(codes: Tensor, zero_point: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """code - zero_point, exact in float32 and in bfloat16, contiguous, in the buffer of that name."""
+    out = buffer(name, codes.shape, dtype, codes.device)
+    sweep(decoded, [out], [codes, None, zero_point])
+    return out
 
 
 def _exact_products(a: Tensor, a_zero: Tensor, b: Tensor, b_zero: Tensor) -> Tensor:
-    """sum (a - a_zero) (b - b_zero) over the last dimension, exact floats:   a (H, M, K), b (H, N, K) int8 -> (H, M, N).
+    """sum (a - a_zero) (b - b_zero) over the last dimension, exact floats:   a (n, H, M, K), b (n, H, N, K) int8 -> (n, H, M, N)."""
+    if a.shape[-1] * LEVEL**2 < EXACT_FLOAT and a.shape[2] * b.shape[2] < FLOAT_PRODUCTS:
+        rows, columns = _levels_of(a, a_zero, "rows", torch.float32), _levels_of(b, b_zero, "columns", torch.float32)
+        return _float_products(rows, columns)
+    return _integer_products(a, a_zero, b, b_zero)
 
-    = sum a b - b_zero sum a - a_zero sum b + K a_zero b_zero"""
-    heads, rows, inner = a.shape
-    total = buffer("products", (heads, rows, b.shape[1]), torch.int32, a.device)
-    for h in range(heads):
-        integer_sum(a[h], b[h], total[h])
+
+def _float_products(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T of levels whose sums of products are below 2^24: exact in float32, in whatever order."""
+    return _batched(a, b.transpose(2, 3), "products")
+
+
+def _batched(a: Tensor, b: Tensor, name: str) -> Tensor:
+    """a b (n, H, M, N) for a (n, H, M, K), b (n, H, K, N), in the buffer of that name."""
+    out = buffer(name, (*a.shape[:3], b.shape[3]), a.dtype, a.device)
+    torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out=out.flatten(0, 1))
+    return out
+
+
+def _integer_products(a: Tensor, a_zero: Tensor, b: Tensor, b_zero: Tensor) -> Tensor:
+    """As `_exact_products`:   sum a b - b_zero sum a - a_zero sum b + K a_zero b_zero."""
+    (n, heads, rows, inner), columns = a.shape, b.shape[2]
+    total = buffer("products", (n, heads, rows, columns), torch.int32, a.device)
+    for i in range(n):
+        for h in range(heads):
+            integer_sum(a[i, h], b[i, h], total[i, h])
     if bool(b_zero != 0):
-        total -= (a.float().sum(2) * b_zero).to(torch.int32)[:, :, None]
+        total -= (a.float().sum(3) * b_zero).to(torch.int32)[..., :, None]
     if bool(a_zero != 0):
-        total -= (a_zero * (b.float().sum(2) - inner * b_zero)).to(torch.int32)[:, None, :]
+        total -= (a_zero * (b.float().sum(3) - inner * b_zero)).to(torch.int32)[..., None, :]
     return exact_float(total)
 
 
-def _hat(operand: tuple[Tensor, Tensor, Tensor], b: int) -> Tensor:
-    codes, scale, zero = operand
-    return codes[b].float().sub_(zero).mul_(scale)
+def _outputs(
+    acc: Tensor, s32: Tensor, y_scale: Tensor, y_zero: Tensor, engine: Engine, lo: int, hi: int
+) -> tuple[Tensor, ...]:
+    """y_hat and where it is inside its range, or y where hi = lo."""
+    if lo == hi:
+        return (engine.product(acc, s32),)
+    y = Affine(y_scale, y_zero, lo, hi)
+    return engine.product_levels(acc, s32, y) * y_scale, is_inside(engine.product(acc, s32), y)
+
+
+def _heads_inside(shape: torch.Size, device: torch.device) -> Tensor:
+    """Float memory for (B, H, Q, D) that lies as (B, Q, H, D), as projections read and write it."""
+    batch, heads, rows, size = shape
+    return torch.empty((batch, rows, heads, size), dtype=torch.float32, device=device).transpose(1, 2)
+
+
+def _kept_bytes(batch: int, entries: int, dropout: float) -> int:
+    """Bytes of the masks of dropout, one for each chunk."""
+    return sum(length((c.stop - c.start) * entries) for c in chunks(batch, entries)) if round(dropout * DRAWS) else 0
 
 
 @torch.library.custom_op("qatana::coded_attention", mutates_args=())
@@ -106,31 +183,29 @@ def _attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y (B, H, Q, D) as a view of (B, Q, H, D), where y was inside its range, where dropout kept, codes of P if asked for."""
     with torch.no_grad():
-        probability, y = Affine(p_scale, p_zero, p_lo, p_hi), Affine(y_scale, y_zero, y_lo, y_hi)
+        probability = Affine(p_scale, p_zero, p_lo, p_hi)
         work = _Products(
             q, q_scale, q_zero, k, k_scale, k_zero, v, v_scale, v_zero, mask, scaling, dropout, probability, engine
         )
         batch, heads, rows, _ = q.shape
         entries, requantized = heads * rows * k.shape[2], y_hi > y_lo
-        out = torch.empty((batch, rows, heads, v.shape[3]), dtype=torch.float32, device=q.device).transpose(1, 2)
-        inside = torch.ones(out.shape if requantized else 0, dtype=torch.uint8, device=q.device)
-        kept = torch.empty((batch, length(entries) if work.threshold else 0), dtype=torch.uint8, device=q.device)
+        out = _heads_inside(torch.Size((batch, heads, rows, v.shape[3])), q.device)
+        inside = torch.empty(out.shape if requantized else 0, dtype=torch.uint8, device=q.device)
+        kept = torch.empty(_kept_bytes(batch, entries, dropout), dtype=torch.uint8, device=q.device)
         codes = torch.empty((batch, heads, rows, k.shape[2]) if keep_codes else 0, dtype=torch.uint8, device=q.device)
-        for b in range(batch):
-            keep = work.draw(entries, q.device)
+        start = 0
+        for b in chunks(batch, entries):
+            keep = work.draw((b.stop - b.start) * entries, q.device)
             if keep is not None:
-                kept[b] = pack_mask(keep)
-            levels = work.levels(work.drop(work.softmax(b), keep))
+                bits = pack_mask(keep)
+                kept[start : start + bits.numel()] = bits
+                start += bits.numel()
+            levels = work.levels(work.softmax(b), keep)
             if keep_codes:
                 codes[b] = levels + p_zero
-            acc = work.context(b, levels)
-            if not requantized:
-                out[b] = work.engine.product(acc, work.s32)
-                continue
-            found = work.engine.product_levels(acc, work.s32, y)
-            if touches_ends(found, y):
-                mark_inside(inside[b], work.engine.product(acc, work.s32), y)
-            torch.mul(found, y_scale, out=out[b])
+            operands = [work.context(b, levels), work.s32, y_scale, y_zero]
+            outs = [out[b], *([inside[b]] if requantized else [])]
+            sweep(_outputs, outs, operands, work.engine, y_lo, y_hi, compile=work.engine.fuses)
     return out, pack_mask(inside), kept, codes
 
 
@@ -139,14 +214,13 @@ def _(q_hat, q, q_scale, q_zero, k_hat, k, k_scale, k_zero, v_hat, v, v_scale, v
       p_scale, p_zero, p_lo, p_hi, y_scale, y_zero, y_lo, y_hi, engine, keep_codes, reduced):  # fmt: skip
     (batch, heads, rows, _), columns = q.shape, k.shape[2]
     of = {"device": q.device}
-    out = torch.empty((batch, rows, heads, v.shape[3]), dtype=torch.float32, **of).transpose(1, 2)
-    kept = length(heads * rows * columns) if round(dropout * DRAWS) else 0
+    out = _heads_inside(torch.Size((batch, heads, rows, v.shape[3])), q.device)
     codes = (batch, heads, rows, columns) if keep_codes else 0
     inside = length(out.numel()) if y_hi > y_lo else 0
     return (
         out,
         torch.empty(inside, dtype=torch.uint8, **of),
-        torch.empty((batch, kept), dtype=torch.uint8, **of),
+        torch.empty(_kept_bytes(batch, heads * rows * columns, dropout), dtype=torch.uint8, **of),
         torch.empty(codes, dtype=torch.uint8, **of),
     )
 
@@ -197,31 +271,81 @@ def _gradients(
     work = _Products(
         q, q_scale, q_zero, k, k_scale, k_zero, v, v_scale, v_zero, mask, scaling, dropout, probability, engine
     )
-    dtype = torch.bfloat16 if reduced else torch.float32
-    d_q, d_k, d_v = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
-    for b in range(q.shape[0]):
-        p = work.softmax(b)
-        keep = unpack_mask(kept[b], p.numel()) if work.threshold else None
-        dropped = work.drop(p, keep)
-        levels = work.levels(dropped)
-        dy = grad[b].to(dtype)
-        d_v[b] = torch.bmm((levels * p_scale).to(dtype).transpose(1, 2), dy)
-        d_p = torch.bmm(dy, _hat(work.v, b).to(dtype).transpose(1, 2)).float()
-        if bool(
-            levels.amax() >= p_hi - p_zero
-        ):  # probabilities are not negative: only dropout's division can lift them out
-            rounded = torch.round(dropped / p_scale).add_(p_zero)
-            d_p.mul_(rounded.eq(rounded.clamp(p_lo, p_hi)))
-        d_s = torch.ops.aten._softmax_backward_data(work.drop(d_p, keep), p, -1, torch.float32).mul_(scaling).to(dtype)
-        d_q[b] = torch.bmm(d_s, _hat(work.k, b).to(dtype))
-        d_k[b] = torch.bmm(d_s.transpose(1, 2), _hat(work.q, b).to(dtype))
+    dtype, start = torch.bfloat16 if reduced else torch.float32, 0
+    d_q, d_k, d_v = (_heads_inside(x.shape, x.device) for x in (q, k, v))
+    entries = q.shape[1] * q.shape[2] * k.shape[2]
+    for b in chunks(q.shape[0], entries):
+        keep, count = None, (b.stop - b.start) * entries
+        if work.threshold:
+            keep = unpack_mask(kept[start : start + length(count)], count)
+            start += length(count)
+        _chunk_gradients(work, b, grad[b], keep, dtype, (d_q[b], d_k[b], d_v[b]))
     return d_q, d_k, d_v
+
+
+def _chunk_gradients(
+    work: _Products, b: slice, grad: Tensor, keep: Tensor | None, dtype: torch.dtype, out: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """Write the gradients of some batch elements. Scales stay outside of the products: levels are exact in bfloat16."""
+    (q, q_scale, q_zero), (k, k_scale, k_zero), (v, v_scale, v_zero) = work.q, work.k, work.v
+    d_q, d_k, d_v = out
+    p, y = work.softmax(b), work.probability
+    keep = None if keep is None else keep.view(p.shape)
+    levels, dy = _as(work.levels(p, keep), dtype, "low levels"), _as(grad, dtype, "upstream")
+    _write(d_v, _batched(levels.transpose(2, 3), dy, "product"), y.scale)
+    raw = _batched(dy, _levels_of(v[b], v_zero, "columns", dtype).transpose(2, 3), "products")
+    d_p = buffer("scores", p.shape, torch.float32, p.device)
+    sweep(_behind_levels, [d_p], [raw, p, keep, work.share, y.scale, y.zero_point, v_scale], y.lo, y.hi)
+    d_s = buffer("levels", p.shape, torch.float32, p.device)
+    torch.ops.aten._softmax_backward_data.out(d_p, p, -1, torch.float32, grad_input=d_s)
+    d_s = _as(d_s, dtype, "low levels")
+    _write(d_q, _batched(d_s, _levels_of(k[b], k_zero, "columns", dtype), "product"), k_scale * work.scaling)
+    _write(
+        d_k, _batched(d_s.transpose(2, 3), _levels_of(q[b], q_zero, "rows", dtype), "product"), q_scale * work.scaling
+    )
+
+
+def _as(x: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """x of this dtype, contiguous: itself, or in the buffer of that name."""
+    if x.dtype == dtype and x.is_contiguous():
+        return x
+    out = buffer(name, x.shape, dtype, x.device)
+    sweep(_same, [out], [x])
+    return out
+
+
+def _same(x: Tensor) -> tuple[Tensor]:
+    return (x,)
+
+
+def _write(out: Tensor, product: Tensor, scale: Tensor) -> None:
+    sweep(_times, [out], [product, scale])
+
+
+def _times(product: Tensor, scale: Tensor) -> tuple[Tensor]:
+    return (product.float() * scale,)
+
+
+def _behind_levels(
+    raw: Tensor,
+    p: Tensor,
+    keep: Tensor | None,
+    share: Tensor,
+    p_scale: Tensor,
+    p_zero: Tensor,
+    v_scale: Tensor,
+    lo: int,
+    hi: int,
+) -> tuple[Tensor]:
+    """d P from d P_hat: 0 where the codes of P were clipped (dropout's division can lift them out of their range)."""
+    inside = is_inside(_dropped(p, keep, share), Affine(p_scale, p_zero, lo, hi))
+    return (_dropped(raw.float() * v_scale * inside, keep, share),)
 
 
 @_gradients.register_fake
 def _(grad, q, q_scale, q_zero, k, k_scale, k_zero, v, v_scale, v_zero, mask, p_scale, p_zero, kept, scaling,
       dropout, p_lo, p_hi, engine, reduced):  # fmt: skip
-    return tuple(torch.empty(x.shape, dtype=torch.float32, device=x.device) for x in (q, k, v))
+    return tuple(_heads_inside(x.shape, x.device) for x in (q, k, v))
 
 
 def attention(

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qatana.numerics.coded import Coded, in_memory_order, masked, memory_order, origin_of, place
+from qatana.numerics.coded import Coded, decoded, masked, memory_order, origin_of, place
 from qatana.numerics.engine import Affine
 from qatana.numerics.engines import engine as engine_named
+from qatana.numerics.fused import sweep
 from qatana.numerics.integer_sums import Geometry, convolution_sum
 from qatana.numerics.masks import length, pack_mask
-from qatana.numerics.products import mark_inside, reduced_gradients, touches_ends
+from qatana.numerics.products import is_inside, reduced_gradients, rounded
 from qatana.numerics.workspace import buffer
 
 Shape = Sequence[int]
@@ -86,16 +87,23 @@ def _conv(
     g = Geometry(stride, padding, dilation, groups)
     acc = convolution_sum(_channels_last(x), x_zero_point, w, g)
     scale = x_scale * w_scale.reshape(-1)
-    scale = _tail(scale if factor is None else scale * factor, x.ndim)
-    shift = None if bias is None else _tail(bias, x.ndim)
-    if acc.dtype == torch.float32 and acc.stride() == _output(x, w, g).stride():
-        acc.mul_(scale)  # memory that is fresh already
-        return acc if shift is None else acc.add_(shift)
-    out = _output(x, w, g)
-    for b in range(x.shape[0]):
-        part = acc[b].float() * scale
-        out[b] = part if shift is None else part.add_(shift)
+    scale = scale if factor is None else scale * factor
+    reusable = acc.dtype == torch.float32 and acc.stride() == _output(x, w, g).stride()  # memory that is fresh already
+    out = acc if reusable else _output(x, w, g)
+    order = memory_order(out)
+    operands = [acc.permute(order), *(_per_channel(v, order) for v in (scale, bias))]
+    sweep(_scaled, [out.permute(order)], operands)
     return out
+
+
+def _per_channel(values: Tensor | None, order: list[int]) -> Tensor | None:
+    """Values per output channel as they broadcast over an output whose dimensions are in this order."""
+    return None if values is None else _tail(values, len(order)).unsqueeze(0).permute(order)
+
+
+def _scaled(acc: Tensor, scale: Tensor, shift: Tensor | None) -> tuple[Tensor]:
+    value = acc.float() * scale
+    return (value if shift is None else value + shift,)
 
 
 @_conv.register_fake
@@ -154,17 +162,24 @@ def _gradients(
     dtype, scale, codes = torch.bfloat16 if reduced else torch.float32, w_scale.reshape(-1), _channels_last(x)
     per_channel = scale if factor is None else scale * factor
     upstream = _channels_last(grad)
+    scaled = plain = upstream
+    if reduced:  # codes are exact in bfloat16: the scale goes to the gradient, which is rounded anyway
+        scaled, plain = (torch.empty_like(upstream, dtype=dtype) for _ in range(2))
+        order = memory_order(upstream)
+        outs, operands = (
+            [t.permute(order) for t in (scaled, plain)],
+            [upstream.permute(order), _per_channel(per_channel, order)],
+        )
+        sweep(rounded, outs, operands)
     if need_x:
-        # In bfloat16 codes are exact: the scale goes to the gradient, which is rounded anyway.
         weight = _decoded(w, None if reduced else per_channel, dtype)
-        scaled = upstream * _tail(per_channel, grad.ndim) if reduced else upstream
-        d_x = _convolution_backward(scaled.to(dtype), _in_layout_of(codes, dtype), weight, geometry, 0).float()
+        d_x = _convolution_backward(scaled, _in_layout_of(codes, dtype), weight, geometry, 0).float()
         none[0] = d_x if _is_channels_last(x) else d_x.contiguous()
     if need_w or need_factor:
-        levels = _in_layout_of(codes, dtype)
-        levels.copy_(codes).sub_(x_zero_point)
+        levels, order = _in_layout_of(codes, dtype), memory_order(codes)
+        sweep(decoded, [levels.permute(order)], [codes.permute(order), None, x_zero_point])
         shape = buffer("weight", w.shape, dtype, w.device)
-        raw = _convolution_backward(upstream.to(dtype), levels, shape, geometry, 1).float().mul_(x_scale)
+        raw = _convolution_backward(plain, levels, shape, geometry, 1).float().mul_(x_scale)
         if need_factor:
             assert factor is not None
             none[2] = (raw * w).flatten(1).sum(1) * scale
@@ -208,27 +223,26 @@ def _requantized(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Place, codes, and where the convolution's own output was inside the range (and above 0, with a ReLU), in memory order."""
     with torch.no_grad():
-        g, y, arithmetic = (
-            Geometry(stride, padding, dilation, groups),
-            Affine(y_scale, y_zero_point, lo, hi),
-            engine_named(engine),
-        )
+        g, arithmetic = Geometry(stride, padding, dilation, groups), engine_named(engine)
         acc, out = convolution_sum(_channels_last(x), x_zero_point, w, g), _output(x, w, g, torch.int8)
-        s32 = _tail(x_scale * w_scale.reshape(-1), x.ndim)
-        term = None if bias is None else _tail(arithmetic.bias_term(bias, s32.reshape(-1)), x.ndim)
-        inside = torch.ones_like(out, dtype=torch.uint8)
-        offset = y_zero_point - origin_of(lo)
-        for b in range(x.shape[0]):
-            part = slice(b, b + 1)
-            levels = arithmetic.conv_levels(acc[part], s32, term, y)
-            if relu or touches_ends(levels, y):
-                value = arithmetic.linear(acc[part], s32, term)
-                mark_inside(inside[part], value, y)
-                if relu:
-                    inside[part].mul_(value > 0)
-                    levels = levels.clamp(min=0)
-            out[part] = levels + offset
-    return place(out), out, pack_mask(in_memory_order(inside)[0])
+        s32, order = x_scale * w_scale.reshape(-1), memory_order(out)
+        term = None if bias is None else arithmetic.bias_term(bias, s32)
+        codes = out.permute(order)
+        inside = torch.empty(codes.shape, dtype=torch.uint8, device=x.device)
+        operands = [acc.permute(order), _per_channel(s32, order), _per_channel(term, order), y_scale, y_zero_point]
+        sweep(_levels, [codes, inside], operands, arithmetic, lo, hi, relu, compile=arithmetic.fuses)
+    return place(out), out, pack_mask(inside)
+
+
+def _levels(acc: Tensor, s32: Tensor, term: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Codes, minus their origin, and where they are inside.   rest: y's scale and zero point, engine, lo, hi, relu"""
+    y_scale, y_zero_point, arithmetic, lo, hi, relu = rest
+    y = Affine(y_scale, y_zero_point, lo, hi)
+    levels, value = arithmetic.conv_levels(acc, s32, term, y), arithmetic.linear(acc, s32, term)
+    inside = is_inside(value, y)
+    if relu:
+        levels, inside = levels.clamp(min=0), inside.logical_and(value > 0)
+    return (levels + (y_zero_point - origin_of(lo))).to(torch.int8), inside
 
 
 @_requantized.register_fake

@@ -8,13 +8,13 @@ The formulas are measured: docs/numerics.md names the engine versions and the te
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qatana.errors import SchemeError
-from qatana.numerics.affine import number, replace_forward, round_clamp
+from qatana.numerics.affine import replace_forward, round_clamp
 
 
 class Affine(NamedTuple):
@@ -51,6 +51,8 @@ class Engine:
 
     name: str = "onnxruntime"
     integer_bias: bool = True
+    fuses: bool = True
+    """Whether its formulas ask no tensor for its value, so that a compiler can fuse them."""
 
     def levels(self, x: Tensor, y: Affine) -> Tensor:
         """QuantizeLinear: rint(x / scale) + zero_point, saturated."""
@@ -59,11 +61,9 @@ class Engine:
     def encode(self, x: Tensor, y: Affine, relu: bool, mask: bool) -> tuple[Tensor, Tensor | None]:
         """Codes of x, or of max(x, 0), as floats, and where x was inside the range (and above 0), if asked for. No gradient."""
         unclamped = (x.float() / y.scale).round_().add_(y.zero_point)
-        zero = number(y.zero_point)
-        lowest: Any = y.lo
+        codes = unclamped.clamp(y.lo, y.hi)
         if relu:
-            lowest = zero.clamp(min=y.lo) if isinstance(zero, Tensor) else max(y.lo, zero)
-        codes = unclamped.clamp(lowest, y.hi)
+            codes = torch.maximum(codes, y.zero_point.clamp(y.lo, y.hi))
         if not mask:
             return codes, None
         inside = unclamped.eq(codes)

@@ -1,24 +1,25 @@
 """Where a tensor was inside its range, one bit per element.
 
-    bit i of byte j = inside[8 j + i], in memory order; bits behind the last element are 1
-A byte of eight ones says that nothing there was clipped, which is most bytes: `apply` looks at those before at anything else."""
+    bit i of byte 64 b + j = inside[512 b + 64 i + j], in memory order; bits behind the last element are 1
+so that eight bytes side by side come from eight numbers side by side, which processors like."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from qatana.numerics.pieces import pieces
+from qatana.numerics.fused import sweep
 
-GATHER = 0x0102040810204080
-"""Times eight bytes of 0 or 1, as one little-endian number: byte i moves to bit i of the highest byte."""
-SPREAD, ONE_EACH = 0x0101010101010101, 0x8040201008040201 - 2**64
-"""A byte in all eight places; bit i of byte i."""
+BITS, BYTES = 8, 64
+BLOCK = BITS * BYTES
 
 
 def length(elements: int) -> int:
     """Bytes of a mask."""
-    return -(-elements // 8)
+    return -(-elements // BLOCK) * BYTES
 
 
 def everywhere(elements: int, device: torch.device) -> Tensor:
@@ -26,19 +27,71 @@ def everywhere(elements: int, device: torch.device) -> Tensor:
     return torch.full((length(elements),), 255, dtype=torch.uint8, device=device)
 
 
+def bits_of(inside: Tensor) -> Tensor:
+    """bool (R, 8, 64) -> uint8 (R, 64)."""
+    return (inside.to(torch.int32) << _shifts(inside.device)).sum(1).to(torch.uint8)
+
+
+def ones_of(bits: Tensor) -> Tensor:
+    """uint8 (R, 1, 64) -> int32 (R, 8, 64) of 0 and 1."""
+    return (bits.to(torch.int32) >> _shifts(bits.device)) & 1
+
+
+def _shifts(device: torch.device) -> Tensor:
+    return torch.arange(BITS, dtype=torch.int32, device=device)[None, :, None]
+
+
+def blocks(flat: Tensor) -> tuple[Tensor, Tensor | None]:
+    """flat (n,) as (R, 8, 64), a view, and what is left over, with zeros behind it, as (1, 8, 64)."""
+    whole = flat.numel() // BLOCK * BLOCK
+    rest = flat[whole:]
+    tail = F.pad(rest, (0, BLOCK - rest.numel())).view(1, BITS, BYTES) if rest.numel() else None
+    return flat[:whole].view(-1, BITS, BYTES), tail
+
+
+def sweep_blocks(
+    function: Callable[..., tuple[Tensor, ...]], out: Tensor, mask: Tensor | None, flat: Sequence[Tensor], ins: Sequence[Tensor],
+    *constants: Hashable, compile: bool = True,
+) -> None:  # fmt: skip
+    """out (n,), mask (`length`,) = function(*flat, *ins, *constants) on blocks (R, 8, 64) of the tensors `flat` (n,): a mask takes bits
+    (R, 64), as `bits_of` gives them."""
+    mains, tails = zip(*(blocks(t) for t in flat), strict=True)
+    rows, whole = mains[0].shape[0], mains[0].numel()
+    outs = [out[:whole].view(mains[0].shape), *([] if mask is None else [mask.view(-1, BYTES)[:rows]])]
+    sweep(function, outs, [*mains, *ins], *constants, compile=compile)
+    if tails[0] is not None:
+        found, *bits = function(*tails, *ins, *constants)
+        out[whole:] = found.view(-1)[: out.numel() - whole]
+        if mask is not None:
+            mask[-BYTES:] = bits[0].view(-1)
+
+
+def _pack(inside: Tensor) -> tuple[Tensor]:
+    return (bits_of(inside != 0),)
+
+
 def pack_mask(inside: Tensor) -> Tensor:
-    """bool or uint8 of 0 and 1, any shape -> uint8 (ceil(n / 8),)."""
+    """bool or uint8 of 0 and 1, any shape -> uint8 (`length`,)."""
     flat = inside.reshape(-1).view(torch.uint8)
-    short = -flat.numel() % 8
-    if short:
-        flat = torch.cat([flat, flat.new_ones(short)])
-    return ((flat.contiguous().view(torch.int64) * GATHER) >> 56).to(torch.uint8)
+    out = everywhere(flat.numel(), flat.device).view(-1, BYTES)
+    main, tail = blocks(flat)
+    sweep(_pack, [out[: main.shape[0]]], [main])
+    if tail is not None:
+        tail.view(-1)[flat.numel() % BLOCK :] = 1
+        out[-1:] = bits_of(tail)
+    return out.view(-1)
 
 
 def unpack_mask(mask: Tensor, elements: int) -> Tensor:
-    """uint8 (ceil(n / 8),) -> uint8 (n,) of 0 and 1."""
-    spread = (mask.to(torch.int64) * SPREAD) & ONE_EACH
-    return spread.view(torch.uint8).ne(0).view(torch.uint8)[:elements]
+    """uint8 (`length`,) -> uint8 (n,) of 0 and 1."""
+    bits = mask.view(-1, 1, BYTES)
+    out = torch.empty((bits.shape[0], BITS, BYTES), dtype=torch.uint8, device=mask.device)
+    sweep(_unpack, [out], [bits])
+    return out.view(-1)[:elements]
+
+
+def _unpack(bits: Tensor) -> tuple[Tensor]:
+    return (ones_of(bits),)
 
 
 def nothing_clipped(mask: Tensor) -> bool:
@@ -46,13 +99,16 @@ def nothing_clipped(mask: Tensor) -> bool:
     return not mask.numel() or int(mask.amin()) == 255
 
 
+def _apply(x: Tensor, bits: Tensor) -> tuple[Tensor]:
+    return (x * ones_of(bits),)
+
+
 def apply_mask(flat: Tensor, mask: Tensor) -> Tensor:
     """flat (n,) times its mask: gradients outside the range are 0. A new tensor."""
     out = torch.empty_like(flat)
-    for piece in pieces(flat):  # pieces begin at multiples of 8 elements
-        bits, part = mask[piece.start // 8 : length(piece.stop)], flat[piece]
-        if int(bits.amin()) == 255:
-            out[piece] = part
-        else:
-            torch.mul(part, unpack_mask(bits, part.numel()).to(flat.dtype), out=out[piece])
+    main, tail = blocks(flat)
+    bits, whole = mask.view(-1, 1, BYTES), main.numel()
+    sweep(_apply, [out[:whole].view(main.shape)], [main, bits[: main.shape[0]]])
+    if tail is not None:
+        out[whole:] = _apply(tail, bits[-1:])[0].view(-1)[: flat.numel() - whole]
     return out

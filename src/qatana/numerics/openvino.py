@@ -52,6 +52,7 @@ class OpenVino(Engine):
 
     name: str = "openvino"
     integer_bias: bool = False
+    fuses: bool = False
 
     def levels(self, x: Tensor, y: Affine) -> Tensor:
         """QuantizeLinear behind any operator that is no integer product: Q(x).

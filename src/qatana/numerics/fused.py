@@ -1,0 +1,115 @@
+"""Elementwise passes over large tensors: one compiled loop each, or the same function in pieces.
+
+`sweep` computes outs = function(ins) where row i of every result depends on row i of the operands alone. torch.compile makes one loop of
+the function: each number is read and written once, on all threads. Where it cannot (no C++ compiler, a small tensor, an arithmetic that
+looks at its numbers) the function itself runs on pieces that stay in the processor's cache. Both give the same bits, which is a test:
+the compiler neither reorders nor contracts float operations (no fast-math), and casts are kept.
+
+QATANA_COMPILE=0 in the environment, or `compiled(False)`, does without the compiler. What it makes is kept on disk by torch
+(TORCHINDUCTOR_CACHE_DIR): a loop takes 1 to 4 seconds the first time on a machine, a fraction of one in later processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qatana.numerics.pieces import pieces
+
+WORTH = 2**18
+"""Elements below which a call of the compiled loop is no gain over torch's own operators."""
+
+_state: dict[str, Any] = {"asked": os.environ.get("QATANA_COMPILE", "1") != "0"}
+_loops: dict[Hashable, Callable[..., None] | None] = {}
+
+
+@contextmanager
+def compiled(wanted: bool) -> Iterator[None]:
+    """Whether passes are compiled inside the block."""
+    before, _state["asked"] = _state["asked"], wanted
+    try:
+        yield
+    finally:
+        _state["asked"] = before
+
+
+def compiler() -> str | None:
+    """The C++ compiler that torch.compile would call on this machine; None: there is none."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def sweep(
+    function: Callable[..., tuple[Tensor, ...]],
+    outs: Sequence[Tensor],
+    ins: Sequence[Tensor | None],
+    *constants: Hashable,
+    compile: bool = True,
+) -> None:
+    """outs = function(*ins, *constants), row by row.   outs (R, *any), at least one; a result may be of another dtype than its out.
+
+    ins        (R, *any): cut with the outs; others go to every row as they are (a vector for the columns as (1, N)); None is passed on
+    function   pure, at a module's top level (compiled once per function, constants and kinds of operands)
+    constants  hashable: numbers, names, schemes
+    compile    False: the function branches on values of its operands"""
+    if not outs[0].numel():
+        return
+    rows, largest = outs[0].shape[0], max((*outs, *(t for t in ins if t is not None)), key=lambda t: t.numel())
+    if compile and _state["asked"] and largest.numel() >= WORTH and outs[0].device.type in ("cpu", "cuda"):
+        loop = _loop(function, outs, ins, constants)
+        if loop is not None and _ran(loop, function, outs, ins):
+            return
+    with torch.no_grad():
+        for piece in pieces(largest):
+            parts = (t[piece] if t is not None and t.ndim and t.shape[0] == rows else t for t in ins)
+            for out, value in zip(outs, function(*parts, *constants), strict=True):
+                out[piece] = value
+
+
+def _kind(t: Tensor | None) -> Hashable:
+    return None if t is None else (t.dtype, t.device.type, tuple(n == 1 for n in t.shape))
+
+
+def _loop(
+    function: Callable[..., Any], outs: Sequence[Tensor], ins: Sequence[Tensor | None], constants: tuple[Hashable, ...]
+) -> Callable[..., None] | None:
+    key = (function, constants, tuple(map(_kind, outs)), tuple(map(_kind, ins)))
+    if key not in _loops:
+        _loops[key] = _compile(function, constants) if compiler() else None
+    return _loops[key]
+
+
+def _compile(function: Callable[..., Any], constants: tuple[Hashable, ...]) -> Callable[..., None]:
+    def run(outs: list[Tensor], ins: list[Tensor | None]) -> None:
+        for out, value in zip(outs, function(*ins, *constants), strict=True):
+            out.copy_(value)
+
+    # torch counts recompilations by code object: each loop gets one of its own.
+    own = FunctionType(run.__code__.replace(co_name=function.__name__), globals(), None, None, run.__closure__)
+    return torch.compile(own, dynamic=True, fullgraph=True, options={"emulate_precision_casts": True})
+
+
+def _ran(
+    loop: Callable[..., None], function: Callable[..., Any], outs: Sequence[Tensor], ins: Sequence[Tensor | None]
+) -> bool:
+    try:
+        with torch.no_grad():
+            loop(list(outs), list(ins))
+    except (
+        Exception
+    ) as error:  # whatever the compiler or its tool chain stumbles over: the result can be had without it
+        _state["asked"] = False
+        warnings.warn(
+            f"torch.compile failed on {function.__name__} ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]}); "
+            "quantized training goes on with slower operators, bit for bit the same; set QATANA_COMPILE=0 to do without this attempt",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return False
+    return True

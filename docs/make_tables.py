@@ -210,6 +210,11 @@ def quantizers(found: Result) -> str:
     return f"{step_tables.quantizers(found)}\n\n`{found['command']}` on {machine(found)[0]}"
 
 
+def lora(found: Result) -> str:
+    """The table of a lora.json."""
+    return f"{step_tables.lora(found)}\n\n`{found['command']}` on {machine(found)[0]}"
+
+
 # --- formats ------------------------------------------------------------------------------------------------------
 def formats(found: Result) -> str:
     """Rows of a formats.json."""
@@ -289,6 +294,8 @@ SECTIONS = (
             ("models", "machine", "versions", "command"), step),
     Section("quantizers", "benchmarks/results/quantizers.json", "python -m benchmarks --only quantizers", "docs/performance.md",
             ("cases", "copy", "size", "machine", "versions", "command"), quantizers),
+    Section("lora", "benchmarks/results/lora.json", "python -m benchmarks.lora", "docs/huggingface.md",
+            ("rows", "title", "rank", "rounds", "machine", "versions", "command"), lora),
     Section("fashion-mnist", "runs/fashion-mnist/summary.json", "qatana run examples/fashion-mnist.yaml", "docs/jobs.md",
             ("rows", "parity", "seconds"), job),
     Section("trained-formats", "runs/formats/summary.json", "qatana run examples/formats.yaml", "docs/jobs.md",

@@ -1,4 +1,4 @@
-"""Tables of docs/performance.md: what training steps and quantizers cost. docs/make_tables.py writes them."""
+"""Tables of docs/performance.md and docs/huggingface.md: what training steps and quantizers cost. docs/make_tables.py writes them."""
 
 from __future__ import annotations
 
@@ -87,6 +87,25 @@ def quantizers(found: Result) -> str:
         spread = f"{row['min']:.2f}–{row['max']:.2f}"
         lines.append([row["name"], f"{row['milliseconds']['median']:.1f} ms", f"{row['ratio']:.2f}", spread, *judged])
     return f"{table(lines)}\n\nThe copy: {found['copy']['median']:.1f} ms, {found['size']} × {found['size']} float32."
+
+
+def lora(found: Result) -> str:
+    """What a training trains, holds and takes, full QAT and LoRA beside float32."""
+    times = ("forward", "backward", "optimizer")
+    heads = ["", "trained", "step", "× full QAT", "spread", *times, "saved", "peak", "optimizer's state"]
+    lines = [heads, ["---", *["--:"] * (len(heads) - 1)]]
+    for row in found["rows"]:
+        ms, ratio, memory = row["milliseconds"], row["ratio"], row["memory"]
+        lines.append([
+            row["name"], f"{100 * row['trained'] / row['parameters']:.3g} %", f"{ms['step']['median']:.0f} ms", _ratio(ratio["median"]),
+            f"{ratio['min']:.2f}–{ratio['max']:.2f}", *(f"{ms[part]['median']:.0f} ms" for part in times),
+            _mib(memory["saved"]), _mib(memory["peak"]), _mib(memory["optimizer"]),
+        ])  # fmt: skip
+    busy = found["machine"].get("busy_with_others")
+    parts = [f"{found['title']}, adapters of rank {found['rank']}, {found['rounds']} rounds:", table(lines)]
+    if busy and busy > 0.1:
+        parts.append(f"Other programs kept {busy:.1f} processors busy meanwhile: times are long, ratios less so.")
+    return "\n\n".join(parts)
 
 
 # --- where the time goes ------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.pretrained import W4A8, assert_same_state, ids, load, logits, write_llama
+from support.pretrained import W4A8, assert_same_state, codes, ids, load, logits, write_llama
 from transformers import Trainer, TrainingArguments
 
 import qatana as qt
@@ -38,17 +38,6 @@ def trained(llama_dir: Path, folder: Path, recipe: Any = W4A8) -> Any:
     rows = [{"input_ids": row, "labels": row} for row in ids(batch=16)]
     Trainer(model, arguments, train_dataset=rows, callbacks=[QatanaCallback()]).train()  # type: ignore[arg-type]
     return model.eval()
-
-
-def codes(model: Any) -> dict[str, torch.Tensor]:
-    """All codes of one forward pass, by quantizer."""
-    found: dict[str, torch.Tensor] = {}
-    for quantizer in qt.quantizers(model).values():
-        quantizer.tap = found.__setitem__
-    logits(model)
-    for quantizer in qt.quantizers(model).values():
-        quantizer.tap = None
-    return found
 
 
 DYNAMIC = {"target": "torch", "rules": [{"schemes": {"weight": "int4/group32 sym dynamic", "input": "int8/token"}}]}

@@ -242,10 +242,41 @@ def test_wrong_use_is_refused(llama_dir: Path, bert_dir: Path, tmp_path: Path) -
             AutoModelForTokenClassification.from_pretrained(bert_dir, quantization_config=QatanaConfig("ort:int8"))
         )
     model.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="The `quantization_config` from the model will be used"):
-        load(tmp_path, "ort:int4")
     with pytest.raises(qt.ModelError, match="attach takes"):
         attach(load(llama_dir))
+
+
+def test_a_checkpoint_keeps_its_own_recipe(llama_dir: Path, tmp_path: Path) -> None:
+    """transformers would warn and load by the checkpoint's; only an equal configuration is no mistake."""
+    config = {"modules_to_not_convert": ["lm_head"]}
+    model = load(llama_dir, W4A8, config=config)
+    model.save_pretrained(tmp_path / "qat")
+    integer_model(model).save_pretrained(tmp_path / "integer")
+    with pytest.raises(qt.RecipeError, match=r'target: "torch" there, "ort:int4" here.*without quantization_config'):
+        load(tmp_path / "qat", "ort:int4")
+    with pytest.raises(qt.RecipeError, match=r'rule 2: \{"match": "lm_head", .*\} there, none here'):
+        load(tmp_path / "qat", W4A8)
+    with pytest.raises(qt.RecipeError, match=r'another recipe .target: "torch" there.*dequantize'):
+        load(tmp_path / "integer", "ort:int8")
+    with pytest.raises(qt.RecipeError, match=r"is a QAT model: load it without .*integer_model"):
+        load(tmp_path / "qat", W4A8, config=config | {"trainable": False})
+    with pytest.raises(qt.RecipeError, match="is an integer model, which does not train"):
+        load(tmp_path / "integer", W4A8, config=config)
+    for name, trainable in (("qat", True), ("integer", False)):
+        with pytest.warns(UserWarning, match="The `quantization_config` from the model will be used"):
+            again = load(tmp_path / name, W4A8, config=config | {"trainable": trainable})
+        assert_same_state(again, load(tmp_path / name))
+
+
+def test_values_of_a_checkpoint_start_another_recipe(llama_dir: Path, tmp_path: Path) -> None:
+    """What the error says: the quantized values are the float weights that the other recipe rounds."""
+    load(llama_dir, W4A8).save_pretrained(tmp_path / "qat")
+    floats = load(tmp_path / "qat").dequantize()
+    floats.save_pretrained(tmp_path / "values")
+    other = load(tmp_path / "values", qt.recipe("torch", weight="int8/channel"))
+    assert set(qt.quantizers(other))
+    for name, parameter in floats.named_parameters():
+        assert torch.equal(other.get_parameter(name), parameter), name
 
 
 def test_a_damaged_plan_is_named(llama_dir: Path, tmp_path: Path) -> None:

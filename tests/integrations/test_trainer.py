@@ -12,6 +12,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+import torch.nn.functional as F
 from support import killed_training
 from support.pretrained import W4A8, assert_same_state, ids, load, logits, write_bert, write_llama
 from torch import nn
@@ -38,12 +39,14 @@ def rows(count: int = 16) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": row} for row in ids(batch=count)]
 
 
-def trainer(model: nn.Module, folder: Path, steps: int = 4, callbacks: Any = (), **arguments: Any) -> Trainer:
+def trainer(
+    model: nn.Module, folder: Path, steps: int = 4, callbacks: Any = (), kind: Any = Trainer, **arguments: Any
+) -> Trainer:
     given = TrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-3, logging_steps=1, save_steps=1000,
         use_cpu=True, disable_tqdm=True, report_to=[], dataloader_pin_memory=False, seed=3, **arguments,
     )  # fmt: skip
-    return Trainer(model, given, train_dataset=rows(), eval_dataset=rows(4), callbacks=list(callbacks))  # type: ignore[arg-type]
+    return kind(model, given, train_dataset=rows(), eval_dataset=rows(4), callbacks=list(callbacks))
 
 
 def losses(run: Trainer) -> list[float]:
@@ -127,6 +130,23 @@ def test_metrics_reach_reporters_and_the_history(bert_dir: Path, tmp_path: Path)
     kept = [entry for entry in run.state.log_history if "loss" in entry]
     assert [entry["qatana/quantizing"] for entry in kept] == [0.0, 0.0, 1.0, 1.0]
     assert all(q.tap is None for q in qt.quantizers(model).values())
+
+
+class Fused(Trainer):
+    """Reads the head's weight itself, as fused losses do."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        hidden = model.model(inputs["input_ids"]).last_hidden_state[:, :-1]
+        return F.cross_entropy((hidden @ model.lm_head.weight.T).flatten(0, 1), inputs["labels"][:, 1:].flatten())
+
+
+def test_a_loss_past_the_head_s_quantizers_is_an_error(llama_dir: Path, tmp_path: Path) -> None:
+    model = load(llama_dir, W4A8)
+    with pytest.raises(qt.ModelError, match="output head is quantized and did not run"):
+        trainer(model, tmp_path, callbacks=[QatanaCallback()], kind=Fused).train()
+    assert not model.lm_head._forward_hooks
+    free = load(llama_dir, W4A8, config={"modules_to_not_convert": ["lm_head"]})
+    trainer(free, tmp_path, callbacks=[QatanaCallback()], kind=Fused).train()
 
 
 # -- how a step is computed ------------------------------------------------------------------------------------------

@@ -225,6 +225,26 @@ def test_capped_scores_are_the_models_own() -> None:
     assert torch.equal(qt.prepare(model, plan)(**IDS).logits, before)
 
 
+@pytest.mark.parametrize("target", ["ort:int8", "ort:int8-dynamic"])
+def test_conv1d_for_engines_is_the_linear_layer_of_its_transpose(target: str) -> None:
+    """The parameter stays (K, N); codes, outputs and gradients are those of nn.Linear with its transpose."""
+    torch.manual_seed(0)
+    conv, x = Conv1D(24, 16), torch.randn(5, 16)
+    linear = nn.Linear(16, 24)
+    linear.weight, linear.bias = nn.Parameter(conv.weight.detach().t().contiguous()), nn.Parameter(conv.bias.detach())
+    pair = [qt.ptq(nn.Sequential(layer), target, [x]) for layer in (conv, linear)]
+    outputs = [model(x) for model in pair]
+    assert torch.equal(*outputs)
+    for model, y in zip(pair, outputs, strict=True):
+        assert type(model[0].weight) is nn.Parameter
+        (y**2).sum().backward()
+    assert pair[0][0].weight.shape == (16, 24)
+    assert torch.equal(pair[0][0].weight.grad.t(), pair[1][0].weight.grad)
+    integer = [qt.integer_model(model).state_dict() for model in pair]
+    assert set(integer[0]) == set(integer[1])
+    assert all(torch.equal(integer[0][name], integer[1][name]) for name in integer[1])
+
+
 # -- registering -------------------------------------------------------------------------------------------------------
 def test_what_cannot_be_registered() -> None:
     class Own(nn.Module):

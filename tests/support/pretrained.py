@@ -64,3 +64,14 @@ def assert_same_state(a: Any, b: Any) -> None:
 @torch.no_grad()
 def logits(model: Any, given: Tensor | None = None) -> Tensor:
     return model(ids() if given is None else given).logits
+
+
+def codes(model: Any) -> dict[str, Tensor]:
+    """All codes of one forward pass, by quantizer."""
+    found: dict[str, Tensor] = {}
+    for quantizer in qt.quantizers(model).values():
+        quantizer.tap = found.__setitem__
+    logits(model)
+    for quantizer in qt.quantizers(model).values():
+        quantizer.tap = None
+    return found

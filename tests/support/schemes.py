@@ -9,7 +9,7 @@ from qatana.numerics.gguf import GRIDS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INTEGERS = ["int8", "int4", "int3", "int8n", "int2n", "uint8", "uint5", "uint1", "int1"]
-RULES = ["", "torchao", "compressed-tensors"]
+RULES = ["", "torchao", "compressed-tensors", "gptq", "awq"]
 GRANULARITIES = ["tensor", "channel", "channel1", "token", "group32", "block4x64", "flat48"]
 FLOATS = [
     "e4m3",
@@ -31,6 +31,15 @@ NAMED = [
     *map(scheme, ["nvfp4", "nf4", "fp4", "nf4+double", "fp4+double", "dynamic8", "bitnet", "binary", "hqq4", "hqq2"]),
     scheme("nf4+double", rule="cpu"),
     scheme("nvfp4", rule="compressed-tensors"),
+    *map(
+        Scheme.parse,
+        [
+            "int8n/channel sym dynamic rule=bitsandbytes", "int8n/token sym dynamic rule=bitsandbytes",
+            "uint4/group32 asym dynamic rule=quanto", "uint2/channel asym dynamic rule=quanto",
+            "int2n/tensor sym dynamic rule=absmean:reciprocal", "e4m3/channel sym dynamic float32:reciprocal",
+            "e4m3/tensor sym dynamic float32:reciprocal", "e4m3/group32 sym dynamic e8m0:reciprocal",
+        ],
+    ),
     *(scheme(f"gguf:{name}") for name in sorted(GRIDS) if not name.startswith("q6") and not name.endswith("_k")),
 ]  # fmt: skip
 

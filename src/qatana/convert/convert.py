@@ -128,9 +128,23 @@ def capture_integers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
             program = _export(caller, inputs, torch.export.Dim.AUTO)
         program = program.run_decompositions({})  # the same operators, none of them in place: x += y becomes a sum
         graph_module = program.module(check_guards=False)
+    _check_operators(graph_module.graph)
     _name_inputs(graph_module.graph, input_names(args, kwargs))
     simplify(graph_module)
     return graph_module
+
+
+def _check_operators(graph: fx.Graph) -> None:
+    """Raise ModelError for an operator of another library, which no artifact holds."""
+    for node in graph.nodes:
+        library = getattr(node.target, "namespace", "aten")
+        if library not in ("aten", "qatana"):
+            stack = list(node.meta.get("nn_module_stack", {}).values())
+            where = str(stack[-1][0]).removeprefix("model.") if stack else "the model"
+            raise ModelError(
+                f"{where} calls '{node.target}', an operator of {library} that no artifact holds (experts stay float for engines): "
+                f"take the target 'torch', or qatana.integer_model(model), which needs no graph"
+            )
 
 
 def _export(caller: nn.Module, inputs: tuple[torch.Tensor, ...], free: Any) -> torch.export.ExportedProgram:

@@ -48,7 +48,7 @@ def convert_linear(layer: Linear) -> nn.Module:
         raise ExportError(
             f"{w.name if w else x.name if x else 'a linear layer'}: a linear layer ships with both weight and input quantized, or float"
         )
-    codes, scale = weight_codes(w, layer.weight)
+    codes, scale = weight_codes(w, layer.matrix)
     bias = None if layer.bias is None else layer.bias.detach().float().clone()
     if w.scheme.granularity.kind == "group":
         if x.scheme.granularity != w.scheme.granularity:
@@ -142,7 +142,7 @@ def store_linear(layer: Linear) -> nn.Module:
     if layer.weight_quantizer is None:
         return layer
     bias = None if layer.bias is None else layer.bias.detach().clone()
-    weight = stored_weight(layer.weight_quantizer, layer.weight)
+    weight = stored_weight(layer.weight_quantizer, layer.matrix)
     return StoredLinear(weight, bias, layer.input_quantizer, layer.output_quantizer)
 
 

@@ -7,7 +7,7 @@ from qatana.nn.embedding import Embedding
 from qatana.nn.experts import Experts
 from qatana.nn.foreign import Foreign
 from qatana.nn.gradient import quantize_gradients
-from qatana.nn.linear import Linear
+from qatana.nn.linear import Linear, SwappedLinear
 from qatana.nn.registry import LayerType, layer_type, register_layer
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "GlobalAveragePool",
     "LayerType",
     "Linear",
+    "SwappedLinear",
     "layer_type",
     "quantize_gradients",
     "register_layer",

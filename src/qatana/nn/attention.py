@@ -7,6 +7,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
+from qatana.nn.cache import CodedStates
 from qatana.numerics import accumulate, coded_attention
 from qatana.numerics import engine as engine_named
 from qatana.quantizer import Quantizer
@@ -29,17 +30,24 @@ class AttentionProducts(nn.Module):
         self.value_quantizer: Quantizer | None = None
         self.context_quantizer: Quantizer | None = None
 
+    def cache(self) -> tuple[CodedStates, CodedStates]:
+        """Places for keys and values as codes. Raises: ModelError for schemes whose scale follows from all tokens together."""
+        return CodedStates(self.key_quantizer), CodedStates(self.value_quantizer)
+
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float = 0.0
-    ) -> Tensor:
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, dropout: float = 0.0,
+        held: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """`held`: keys and values were read from a cache of codes, so they are quantized already. (A static scale gives the same codes
+        again.)"""
         if self._on_codes(mask):
             return self._codes(query, key, value, mask, scaling, dropout if self.training else 0.0)
-        scores = self._scores(query, key, scaling)
+        scores = self._scores(query, key, scaling, held)
         if mask is not None:
             scores = scores + mask
         probabilities = torch.softmax(scores, dim=-1)
         probabilities = nn.functional.dropout(probabilities, dropout, self.training)
-        return self._context(probabilities, value)
+        return self._context(probabilities, value, held)
 
     def _on_codes(self, mask: Tensor | None) -> bool:
         """Whether both products run on codes as one operator: all quantizers integer and static, no gradient for the mask, none for the
@@ -71,11 +79,11 @@ class AttentionProducts(nn.Module):
             qy.record_values(out)
         return out
 
-    def _scores(self, query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    def _scores(self, query: Tensor, key: Tensor, scaling: float, held: bool) -> Tensor:
         qq, qk = self.query_quantizer, self.key_quantizer
         if not (_integers(qq) and _integers(qk)):
             query = query if qq is None else qq(query)
-            key = key if qk is None else qk(key)
+            key = key if qk is None or held else qk(key)
             return torch.matmul(query, key.transpose(-1, -2)) * scaling
         for quantizer, x in ((qq, query), (qk, key)):
             if quantizer.observing:
@@ -85,11 +93,11 @@ class AttentionProducts(nn.Module):
         acc = accumulate.matmul(q, k.transpose(-1, -2), 255, 255)
         return self.engine.product(acc, (q_scale * scaling) * k_scale)
 
-    def _context(self, probabilities: Tensor, value: Tensor) -> Tensor:
+    def _context(self, probabilities: Tensor, value: Tensor, held: bool) -> Tensor:
         qp, qv, qc = self.probability_quantizer, self.value_quantizer, self.context_quantizer
         if not (_integers(qp) and _integers(qv)):
             probabilities = probabilities if qp is None else qp(probabilities)
-            value = value if qv is None else qv(value)
+            value = value if qv is None or held else qv(value)
             context = torch.matmul(probabilities, value)
             return context if qc is None else qc(context)
         if qv.observing:

@@ -38,11 +38,31 @@ class Codes:
         return ops.dequantize(codes, *self.grid)
 
 
-class IntegerLinear(nn.Module):
+class _WithCodes(nn.Module):
+    """A layer whose buffer "weight" (N, ...) holds codes.
+
+    Models read their layers' weights: vision towers cast pixels to the type of their first one. They get x_hat; the codes stay in the
+    buffer, under the name that the float layer has."""
+
+    weight_scale: Tensor
+
+    @property
+    def codes(self) -> Tensor:
+        """What the buffer "weight" holds."""
+        codes = self._buffers.get("weight")
+        if codes is None:
+            raise AttributeError(f"{type(self).__name__} has no codes yet")
+        return codes
+
+    @property
+    def weight(self) -> Tensor:
+        """x_hat of the codes, float32."""
+        return self.codes * self.weight_scale.view(-1, *(1,) * (self.codes.ndim - 1))
+
+
+class IntegerLinear(_WithCodes):
     """quantize -> integer product -> float, or -> requantized codes -> float.   x (*batch, K) -> (*batch, N)."""
 
-    weight: Tensor
-    weight_scale: Tensor
     bias: Tensor | None
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, x: Codes, y: Codes | None) -> None:
@@ -54,17 +74,15 @@ class IntegerLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         codes = self.x.quantize(x)
-        head = (codes, *self.x.grid, self.weight, self.weight_scale, self.bias)
+        head = (codes, *self.x.grid, self.codes, self.weight_scale, self.bias)
         if self.y is None:
             return ops.linear(*head, self.x.engine)
         return self.y.dequantize(ops.linear_requantize(*head, *self.y.output))
 
 
-class DynamicLinear(nn.Module):
+class DynamicLinear(_WithCodes):
     """Activations quantized to uint8 by their own range at run time; float bias.   x (*batch, K) -> (*batch, N)."""
 
-    weight: Tensor
-    weight_scale: Tensor
     bias: Tensor | None
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
@@ -74,7 +92,7 @@ class DynamicLinear(nn.Module):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.dynamic_linear(x, self.weight, self.weight_scale, self.bias)
+        return ops.dynamic_linear(x, self.codes, self.weight_scale, self.bias)
 
 
 class BlockLinear(nn.Module):
@@ -96,11 +114,9 @@ class BlockLinear(nn.Module):
         return ops.block_linear(x, self.weight, self.weight_scale, self.bias, self.bits, self.size)
 
 
-class IntegerConv(nn.Module):
+class IntegerConv(_WithCodes):
     """quantize -> integer convolution (and sum with `other`) -> requantized codes -> float.   x (B, C, *space) -> (B, N, *space')."""
 
-    weight: Tensor
-    weight_scale: Tensor
     bias: Tensor | None
 
     def __init__(
@@ -117,7 +133,7 @@ class IntegerConv(nn.Module):
         self.stride, self.padding, self.dilation, self.groups = self.geometry
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        head = (self.x.quantize(x), *self.x.grid, self.weight, self.weight_scale, self.bias, *self.geometry)
+        head = (self.x.quantize(x), *self.x.grid, self.codes, self.weight_scale, self.bias, *self.geometry)
         if self.other is None or other is None:
             return self.y.dequantize(ops.conv_requantize(*head, *self.y.output))
         summand = (self.other.quantize(other), *self.other.grid)

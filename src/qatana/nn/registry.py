@@ -20,7 +20,7 @@ from qatana.nn.conv import Conv
 from qatana.nn.embedding import Embedding
 from qatana.nn.experts import Experts, is_experts
 from qatana.nn.foreign import Foreign
-from qatana.nn.linear import Linear
+from qatana.nn.linear import Linear, SwappedLinear
 
 T = TypeVar("T", bound=type[nn.Module])
 
@@ -33,13 +33,20 @@ class LayerType:
     weights  parameter -> layout (`nn.foreign`)
     inputs   whether what a weight is multiplied by has a quantizer too
     native   makes the layer that engines' kernels know, from (float layer, engine); None: its own forward on quantized weights
-    foreign  makes that one, which the target "torch" can hold"""
+    foreign  makes that one, which the target "torch" can hold
+    engines  makes the layer that engines' kernels know where the target "torch" keeps the layer's own forward"""
 
     kind: str
     weights: Mapping[str, str] = field(default_factory=lambda: {"weight": "out in"})
     inputs: bool = True
     native: Callable[[Any, str], nn.Module] | None = None
     foreign: Callable[[Any], Foreign] | None = None
+    engines: Callable[[Any, str], nn.Module] | None = None
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether engines compute it on integers."""
+        return self.native is not None or self.engines is not None
 
     def module_of(self, name: str, parameter: str) -> str:
         """Name under which a plan lists a weight of the layer `name`: the layer's own, or the parameter's where there are several."""
@@ -47,15 +54,20 @@ class LayerType:
             name if parameter == "weight" and len(self.weights) == 1 else f"{name}.{parameter}" if name else parameter
         )
 
-    def build(self, source: nn.Module, engine: str) -> nn.Module:
-        """The layer with slots."""
-        if self.native is not None:
-            return self.native(source, engine)
+    def build(self, source: nn.Module, engine: str, free: bool = True) -> nn.Module:
+        """The layer with slots, for the target "torch" (free) or for an engine."""
+        native = self.native if free or self.engines is None else self.engines
+        if native is not None:
+            return native(source, engine)
         return (self.foreign or (lambda layer: Foreign(layer, self.weights)))(source)
 
 
 def _linear(source: Any, engine: str) -> nn.Module:
     return Linear(source.weight, source.bias, engine).train(source.training)
+
+
+def _swapped(source: Any, engine: str) -> nn.Module:
+    return SwappedLinear(source.weight, source.bias, engine).train(source.training)
 
 
 def _conv(source: Any, engine: str) -> nn.Module:
@@ -83,7 +95,7 @@ _TYPES: dict[type[nn.Module], LayerType] = {
 _CONV = {"conv1d.weight": "out in"}
 _BARE = {"gate_up_proj": "expert in out", "down_proj": "expert in out"}
 _NAMES: dict[str, LayerType] = {
-    "Conv1D": LayerType("linear", _SWAPPED),
+    "Conv1D": LayerType("linear", _SWAPPED, engines=_swapped),
     "*MambaMixer": LayerType("linear", {**_CONV, "dt_proj.weight": "out in"}, inputs=False),
     "*Mamba2Mixer": LayerType("linear", _CONV, inputs=False),
     "BambaMixer": LayerType("linear", _CONV, inputs=False),

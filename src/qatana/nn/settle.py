@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from qatana.nn.conv import Conv
 from qatana.quantizer import Quantizer
 
 
@@ -18,4 +17,4 @@ def settle_weights(model: nn.Module) -> None:
         layer: Any = module
         quantizer = getattr(layer, "weight_quantizer", None)
         if isinstance(quantizer, Quantizer):
-            quantizer.settle(layer.folded()[0] if isinstance(layer, Conv) else layer.weight)
+            quantizer.settle(layer.folded()[0] if hasattr(layer, "folded") else layer.weight)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qatana.numerics import Scheme
-from qatana.numerics.stored import Packed, read_back
+from qatana.numerics import Scheme, products
+from qatana.numerics.stored import Packed, read_back, read_back_rows, read_levels, reads_rows
 from qatana.quantizer import Quantizer
 
 
@@ -25,6 +25,7 @@ class StoredWeight(nn.Module):
         for key, value in zip(("scale", "offset"), stored.parameters, strict=False):
             self.register_buffer(key, value)
         self.scheme, self.shape, self.name, self.dtype = scheme.text, list(weight.shape), name, weight.dtype
+        self.by_rows = reads_rows(scheme, weight.shape)
 
     def extra_repr(self) -> str:
         return f"{self.scheme}, {tuple(self.shape)}"
@@ -35,8 +36,24 @@ class StoredWeight(nn.Module):
         return self.codes.device
 
     def forward(self) -> Tensor:
-        parameters = [v for k, v in self.named_buffers() if k != "codes"]
-        return read_back(self.codes, parameters, self.scheme, self.shape, self.name).to(self.dtype)
+        return read_back(self.codes, self._parameters_of(), self.scheme, self.shape, self.name).to(self.dtype)
+
+    def levels(self) -> tuple[Tensor, Tensor]:
+        """Levels int8 (N, K) and their scales float32, one per row or block of a row."""
+        scheme = Scheme.parse(self.scheme)
+        scale = self.get_buffer("scale").float()
+        wanted = scheme.granularity.scale_shape(tuple(self.shape))
+        scale = scale.expand(wanted) if scale.numel() == 1 else scale.reshape(wanted)
+        return read_levels(self.codes, self.scheme, self.shape), scale
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of a table: ids (*shape) -> (*shape, D). Only they are read, where their codes lie together."""
+        if not self.by_rows:
+            return F.embedding(ids, self())
+        return read_back_rows(ids, self.codes, self._parameters_of(), self.scheme, self.shape, self.name).to(self.dtype)
+
+    def _parameters_of(self) -> list[Tensor]:
+        return [v for k, v in self.named_buffers() if k != "codes"]
 
 
 class StoredLinear(nn.Module):
@@ -50,9 +67,18 @@ class StoredLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.register_buffer("bias", bias)
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether the QAT layer multiplied integers, by its schemes."""
+        x, w = self.x, self.weight
+        return x is not None and x.enabled and products.by_rows(x.scheme, Scheme.parse(w.scheme), w.dtype)
+
     def forward(self, x: Tensor) -> Tensor:
-        x = x if self.x is None else self.x(x)
-        y = F.linear(x, self.weight(), self.bias)
+        if self.by_rows:
+            assert self.x is not None
+            y = products.linear_of_levels(self.x.encode(x), *self.weight.levels(), self.bias)
+        else:
+            y = F.linear(x if self.x is None else self.x(x), self.weight(), self.bias)
         return y if self.y is None else self.y(y)
 
 
@@ -89,4 +115,4 @@ class StoredEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim = weight.shape
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight())
+        return self.weight.rows(ids)

@@ -16,6 +16,9 @@ from qatana.numerics.formats import BINARY, Codebook, FloatFormat, IntFormat
 from qatana.numerics.scales import SMALLEST_SCALE, Parameters, ScaleType
 
 INT8, E4M3, FLOAT32 = IntFormat(8), FloatFormat(4, 3, "fn"), ScaleType()
+HALF = ("torchao", "compressed-tensors", "gptq")
+"""Rules whose symmetric scale spreads max |x| over half the codes, (hi - lo) / 2 = 127.5 of int8."""
+LARGEST = 2.0**127
 Dims = tuple[int, ...]
 Statistics = tuple[Tensor, ...]
 
@@ -133,7 +136,9 @@ class RangeGrid(LevelGrid):
     """Grids whose parameters follow from the smallest and largest element of each block."""
 
     def statistics(self, view: Tensor, dims: Dims = (-1,)) -> Statistics:
-        """What `parameters` needs to know of each block: its smallest and largest element."""
+        """What `parameters` needs to know of each block: its smallest and largest element, 0 where it has none."""
+        if not view.numel():
+            view = view.new_zeros([max(1, n) for n in view.shape])
         return view.amin(dims, keepdim=True).float(), view.amax(dims, keepdim=True).float()
 
     @abstractmethod
@@ -157,10 +162,15 @@ class IntGrid(RangeGrid):
     ""                  m / (hi - z); (high - low)/(hi - lo)  round(lo - low / scale)  x / scale        ONNX, as `affine`
     torchao             m / ((hi - lo) / 2); the same         lo - round(low / scale)  x * (1 / scale), the reciprocal rounded first
     compressed-tensors  m / ((hi - lo) / 2); the same         round(lo - low / scale)  x / scale
-    Zero points are clamped to lo .. hi, ranges take in 0. torchao's scales are at least the smallest normal float32.
+    gptq                m / ((hi - lo) / 2); the same         lo - round(low / scale)  x / scale
+    awq                 m / (hi - z); the same                lo - round(low / scale)  x / scale
+    bitsandbytes        m / (hi - z); symmetric alone                                  x * ((1 / m) * (hi - z))
+    Zero points are clamped to lo .. hi, ranges take in 0 (but awq's). torchao's scales are at least the smallest normal float32, awq's
+    come from ranges of at least 1e-5.
     compressed-tensors adds an asymmetric zero point before it rounds: code = clamp(round(t + z), lo, hi), which takes ties to even
     codes, not to even levels; its scale of zeros is the type's eps, and the zero point comes from the scale before its type rounds it.
-    Reference: Jacob et al. 2018; torchao 0.18; compressed-tensors 0.20, `calculate_qparams` and `quantize`."""
+    Reference: Jacob et al. 2018; torchao 0.18; compressed-tensors 0.20, `calculate_qparams` and `quantize`; auto-gptq 0.7.1,
+    `Quantizer.find_params`; autoawq 0.2.9, `pseudo_quantize_tensor`; bitsandbytes 0.50, `int8_vectorwise_quant` on a CPU."""
 
     format: IntFormat = INT8
     symmetric: bool = True
@@ -169,11 +179,12 @@ class IntGrid(RangeGrid):
 
     @property
     def clips(self) -> bool:
-        return (self.rule != "" and self.symmetric) or self.scale_type.name != "float32"
+        """Half ranges, lo .. hi about 0, leave the largest element outside; so does a range that 0 lies outside."""
+        return self.scale_type.name != "float32" or (self.rule in HALF if self.symmetric else self.rule == "awq")
 
     @property
     def inverse(self) -> bool:
-        return self.rule == "torchao"
+        return self.rule in ("torchao", "bitsandbytes")
 
     @property
     def zero(self) -> int:
@@ -182,14 +193,14 @@ class IntGrid(RangeGrid):
 
     def parameters(self, *statistics: Tensor) -> Parameters:
         low, high = statistics
-        lo, hi = self.format.lo, self.format.hi
         if self.symmetric:
-            most = bound(low, high)
-            width = (hi - lo) / 2 if self.rule else hi - self.zero
-            scale = self._stored(most / torch.full_like(most, width))
-            return self.of(scale, torch.full_like(scale, self.zero))
-        low, high = low.clamp(max=0), high.clamp(min=0)
-        scale = (high - low) / torch.full_like(low, hi - lo)
+            return self._symmetric(bound(low, high))
+        lo, hi = self.format.lo, self.format.hi
+        if self.rule == "awq":
+            scale = (high - low).clamp(min=1e-5) / torch.full_like(low, hi - lo)
+        else:
+            low, high = low.clamp(max=0), high.clamp(min=0)
+            scale = (high - low) / torch.full_like(low, hi - lo)
         if self.rule == "compressed-tensors":
             zero = (lo - low / scale).clamp(lo, hi).nan_to_num(nan=self.zero)  # 0 / 0: the range is 0
             return self.of(self._stored(scale), zero.round_())
@@ -200,6 +211,17 @@ class IntGrid(RangeGrid):
             scale = self.scale_type.store(scale)
         zero = torch.round(lo - low / scale.clamp(min=SMALLEST_SCALE)).clamp(lo, hi)
         return self.of(self._stored(scale), zero)
+
+    def _symmetric(self, most: Tensor) -> Parameters:
+        """Parameters from the largest |x|."""
+        most = most.clamp(min=1e-5) if self.rule == "awq" else most
+        width = torch.full_like(
+            most, (self.format.hi - self.format.lo) / 2 if self.rule in HALF else self.format.hi - self.zero
+        )
+        p = self.of(self._stored(most / width), torch.full_like(most, self.zero))
+        if self.rule != "bitsandbytes":
+            return p
+        return p._replace(encode=(most.reciprocal() * width).clamp(max=LARGEST))  # zeros: 0 * LARGEST is 0
 
     def _stored(self, scale: Tensor) -> Tensor:
         if self.rule == "compressed-tensors":
@@ -233,7 +255,7 @@ class IntGrid(RangeGrid):
 class ScaledGrid(RangeGrid):
     """Minifloats and codebooks, symmetric about 0, with one scale per block by the scale type.
 
-    Floats divide by the scale; torchao's two-level scales and codebooks multiply by a reciprocal, as their references do."""
+    Floats divide by the scale; torchao's two-level scales, codebooks and reciprocal scales multiply, as their references do."""
 
     format: FloatFormat | Codebook = E4M3
     scale_type: ScaleType = FLOAT32
@@ -248,7 +270,9 @@ class ScaledGrid(RangeGrid):
 
     @property
     def inverse(self) -> bool:
-        return isinstance(self.format, Codebook) or (self.scale_type.name == "e4m3" and not self.scale_type.rule)
+        if self.scale_type.name == "e4m3":
+            return not self.scale_type.rule
+        return isinstance(self.format, Codebook) or self.scale_type.rule == "reciprocal"
 
     @property
     def clips(self) -> bool:
@@ -259,7 +283,7 @@ class ScaledGrid(RangeGrid):
         return self.scale_type.rule in ("", "floor") or (self.scale_type.rule == "even" and self.format.special == "fn")
 
     def statistics(self, view: Tensor, dims: Dims = (-1,)) -> Statistics:
-        if dims == (-1,) and view.shape[-1] < 32:  # two reductions over short rows cost more than |x|
+        if dims == (-1,) and 0 < view.shape[-1] < 32:  # two reductions over short rows cost more than |x|
             largest = view.abs().amax(-1, keepdim=True).float()
             return largest, largest
         return super().statistics(view, dims)
@@ -293,9 +317,17 @@ class MeanGrid(LevelGrid):
 
     ternary  level = clamp(round(x / max(gamma, 1e-5)), -1, 1),  x_hat = level * gamma   (BitNet b1.58, Ma et al. 2024)
     binary   level = +1 where x >= 0, else -1,  x_hat = level * gamma                    (XNOR-Net, Rastegari et al. 2016)
-    gamma = mean |x|, 0 for zeros. The gradient passes everywhere."""
+    gamma = mean |x|, 0 for zeros. The gradient passes everywhere.
+
+    reciprocal   s = 1 / max(gamma, 1e-5),  level = clamp(round(x * s), -1, 1),  x_hat = level * (1 / s), each rounded: BitNet as
+                 transformers trains it (`WeightQuant` of AutoBitLinear)"""
 
     format: IntFormat | Codebook = BINARY
+    reciprocal: bool = False
+
+    @property
+    def inverse(self) -> bool:
+        return self.reciprocal
 
     @property
     def straight(self) -> bool:
@@ -306,8 +338,11 @@ class MeanGrid(LevelGrid):
         return ("scale", "encode")
 
     def solve(self, view: Tensor, dims: Dims = (-1,)) -> Parameters:
-        magnitude = view.abs()
+        magnitude = (view.float() if self.reciprocal else view).abs()
         gamma = (magnitude.mean() if len(dims) == view.ndim else magnitude.mean(dims, keepdim=True)).float()
+        if self.reciprocal:
+            encode = gamma.clamp(min=1e-5).reciprocal()
+            return Parameters(encode.reciprocal(), torch.zeros_like(gamma), encode)
         return Parameters(gamma, torch.zeros_like(gamma), gamma.clamp(min=1e-5))
 
     def round_(self, t: Tensor, p: Parameters, *, fits: bool = False, mask: bool = False) -> Tensor | None:

@@ -1,7 +1,9 @@
 """Scale types: in which numbers the scales of a format are stored, and how a range becomes one of them.
 
 float32, float16, bfloat16   scale = largest |x| of the block / largest value of the format, rounded to the type
-e8m0     a power of two, 2^-127 .. 2^127, by one of four rules (OCP Microscaling Formats 1.0, section 6.3; NVIDIA cuBLAS)
+float32:reciprocal           x is multiplied by s = (1 / largest |x|) * largest value of the format;  scale = 1 / s
+e8m0     a power of two, 2^-127 .. 2^127, by one of four rules (OCP Microscaling Formats 1.0, section 6.3; NVIDIA cuBLAS), or
+         e8m0:reciprocal  2^ceil(log2(float32:reciprocal's scale)), the logarithm rounded to float32
 e4m3     two levels (NVFP4): an E4M3 scale per block in units of one float32 scale of the tensor, as torchao or compressed-tensors
 double   two levels (bitsandbytes): largest |x| minus its mean, itself quantized to 8 bits in blocks of 256"""
 
@@ -21,10 +23,10 @@ SMALLEST_SCALE = 2.0**-100
 """Scale of an all-zero tensor: far below any real one, a normal float32 together with its products."""
 
 SCALE_TYPES = {
-    "float32": ("",),
+    "float32": ("", "reciprocal"),
     "float16": ("",),
     "bfloat16": ("",),
-    "e8m0": ("", "floor", "ceil", "even", "rceil"),
+    "e8m0": ("", "floor", "ceil", "even", "rceil", "reciprocal"),
     "e4m3": ("", "compressed-tensors"),
     "double": ("", "cpu"),
 }
@@ -88,7 +90,7 @@ class ScaleType:
         if self.name == "bfloat16":
             return _upper_half(scale.clamp(SMALLEST_SCALE, 2.0**126))
         if self.name == "e8m0":
-            return _power_of_two(_exponent(scale, up=self.rule in ("ceil", "rceil")))
+            return _power_of_two(_exponent(scale, up=self.rule in ("ceil", "rceil", "reciprocal")))
         raise SchemeError(f"scale type {self.name} has two levels: its scales follow from the whole tensor")
 
     def store_or_eps(self, scale: Tensor) -> Tensor:
@@ -102,6 +104,8 @@ class ScaleType:
     def parameters(self, largest: Tensor, format: FloatFormat | Codebook) -> Parameters:
         """Parameters from the largest |x| of each block, for formats symmetric about 0."""
         zero = torch.zeros_like(largest)
+        if self.rule == "reciprocal":
+            return self._reciprocal(largest, format, zero)
         if self.name == "e8m0" and isinstance(format, FloatFormat):
             return self._mx(largest, format, zero)
         if self.name == "e4m3":
@@ -116,6 +120,17 @@ class ScaleType:
         # Numbers of 1e-40 have a scale, too: only zeros have none, and get compressed-tensors'.
         scale = self.store_or_eps(limit) if self.name == "float32" else self.store(limit)
         return Parameters(scale, zero, scale)
+
+    def _reciprocal(self, largest: Tensor, format: FloatFormat | Codebook, zero: Tensor) -> Parameters:
+        """As transformers' FineGrainedFP8 quantizes weights (`Fp8Quantize`): every division is a reciprocal, rounded, and zeros have
+        the scale 1."""
+        encode = (largest.reciprocal() * format.largest).clamp(max=2.0**127)
+        encode = torch.where(largest > 0, encode, torch.ones_like(encode))
+        scale = encode.reciprocal()
+        if self.name == "e8m0":
+            scale = _power_of_two(torch.log2(scale).ceil().to(torch.int32))
+            encode = scale.reciprocal()
+        return Parameters(scale, zero, encode)
 
     def _mx(self, largest: Tensor, format: FloatFormat, zero: Tensor) -> Parameters:
         """X = 2^e with e = floor(log2 m) - emax (floor), ceil(log2 m) - emax (ceil), floor(log2 of m rounded to the element's

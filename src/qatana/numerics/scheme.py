@@ -14,6 +14,7 @@ from qatana.numerics.gguf_grid import GgufGrid
 from qatana.numerics.granularity import Granularity
 from qatana.numerics.grid import Grid, IntGrid, MeanGrid, RangeGrid, ScaledGrid
 from qatana.numerics.half_quadratic import HqqGrid
+from qatana.numerics.minimum import MinimumGrid
 from qatana.numerics.scales import ScaleType
 from qatana.numerics.scheme_checks import refuse_impossible
 
@@ -35,9 +36,10 @@ class Scheme:
     range       the estimator that calibration uses: minmax, moving_average, percentile, mse, entropy
     fixed       (scale, zero_point) known beforehand, e.g. a softmax output: (1/255, 0); no calibration
     scale_type  in which numbers the scales are stored: float32, float16, bfloat16, e8m0, e4m3 (two levels), double
-    rule        "" the format's own equation; integers also: "torchao", "compressed-tensors" (their rounding of scale, zero point
-                and code), "absmean" (ternary with the mean magnitude, BitNet), "hqq" (a float zero point by half-quadratic search;
-                "hqq:round" begins it at a whole number, as hqq does with 4 bits)
+    rule        "" the format's own equation; integers also: "torchao", "compressed-tensors", "gptq", "awq", "bitsandbytes" (their
+                rounding of scale, zero point and code), "quanto" (codes count up from a block's smallest value), "absmean" (ternary
+                with the mean magnitude, BitNet; "absmean:reciprocal" as transformers rounds it), "hqq" (a float zero point by
+                half-quadratic search; "hqq:round" begins it at a whole number, as hqq does with 4 bits)
     text        what `str` gives and `parse` reads;  grid: the equations
     takes_scale whether its parameters are a scale and a zero point, which can be given (static, learned)
     holds       they are more than that (two levels, minima, a search) and static: solved once by `hold`, then kept
@@ -63,7 +65,7 @@ class Scheme:
         if self.range not in RANGES:
             raise SchemeError(f"unknown range estimator '{self.range}'{nearest(str(self.range), RANGES)}")
         # Plain attributes, so that torch.compile reads constants where it would have to trace their making.
-        mean = self.rule in ("absmean", "hqq", "hqq:round") or str(self.format) == "binary"
+        mean = self.rule.startswith(("absmean", "hqq")) or str(self.format) == "binary"
         object.__setattr__(self, "takes_scale", not self.is_gguf and self.scale_type.local and not mean)
         object.__setattr__(self, "holds", not self.takes_scale and self.scale == "static" and self.fixed is None)
         refuse_impossible(self)
@@ -124,11 +126,11 @@ class Scheme:
     @property
     def bits_per_element(self) -> float:
         """Stored bits per element, the scale of each block included (per-tensor and per-channel scales not counted), and with
-        a zero point in blocks the format's bits for it (HQQ's is a float32)."""
+        a zero point in blocks the format's bits for it (HQQ's is a float32, so is quanto's minimum)."""
         if isinstance(self.format, GgufFormat):
             return self.format.bits_per_element
         size = self.granularity.size * (self.granularity.rows or 1)
-        zero_point = 0 if self.symmetric else 32 if self.rule.startswith("hqq") else self.format.bits
+        zero_point = 0 if self.symmetric else 32 if self.rule.startswith(("hqq", "quanto")) else self.format.bits
         return self.format.bits + ((self.scale_type.bits + zero_point) / size if size else 0)
 
     def check(self, shape: torch.Size | tuple[int, ...], name: str = "tensor") -> None:
@@ -222,8 +224,10 @@ def _grid(scheme: Scheme) -> Grid:
     if isinstance(format, GgufFormat):
         return GgufGrid(format.block, format.name)
     if isinstance(format, IntFormat):
-        if scheme.rule == "absmean":
-            return MeanGrid(block, format)
+        if scheme.rule.startswith("absmean"):
+            return MeanGrid(block, format, scheme.rule == "absmean:reciprocal")
+        if scheme.rule == "quanto":
+            return MinimumGrid(block, format)
         if scheme.rule.startswith("hqq"):
             return HqqGrid(block, format, scheme.rule == "hqq:round")
         return IntGrid(block, format, scheme.symmetric, scheme.scale_type, scheme.rule)

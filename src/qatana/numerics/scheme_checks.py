@@ -31,7 +31,9 @@ class Scheme(Protocol):
     def takes_scale(self) -> bool: ...
 
 
-RULES = ("torchao", "compressed-tensors", "absmean", "hqq", "hqq:round")
+RULES = (
+    "torchao", "compressed-tensors", "gptq", "awq", "bitsandbytes", "quanto", "absmean", "absmean:reciprocal", "hqq", "hqq:round",
+)  # fmt: skip
 SEARCHES = {"hqq": 60, "hqq:round": 60, "gguf:q4_k": 70, "gguf:q5_k": 60, "gguf:q6_k": 30}
 """Formats whose parameters are searched for, and about how many times as long as a copy of the tensor that takes on one thread."""
 
@@ -64,6 +66,8 @@ def _symmetric_formats(scheme: Scheme) -> None:
 
 def _scale_types(scheme: Scheme) -> None:
     name, format, kind = scheme.scale_type.name, scheme.format, scheme.granularity.kind
+    if scheme.scale_type.rule == "reciprocal" and not isinstance(format, FloatFormat):
+        raise SchemeError(f"{scheme.scale_type} scales belong to float formats, not to {format}: use '{name}'")
     if name == "e4m3":
         if not isinstance(format, FloatFormat):
             raise SchemeError(
@@ -119,9 +123,15 @@ def _rules(scheme: Scheme) -> None:
         raise SchemeError(f"unknown rule '{scheme.rule}'{nearest(scheme.rule, RULES)}")
     if not isinstance(scheme.format, IntFormat):
         raise SchemeError(f"rule '{scheme.rule}' is one of integer formats, not of {scheme.format}")
-    if scheme.rule == "absmean" and str(scheme.format) != "int2n":
+    if scheme.rule.startswith("absmean") and str(scheme.format) != "int2n":
         raise SchemeError(
-            f"rule 'absmean' is BitNet's for ternary weights: use the format 'int2n', not '{scheme.format}'"
+            f"rule '{scheme.rule}' is BitNet's for ternary weights: use the format 'int2n', not '{scheme.format}'"
+        )
+    if scheme.rule == "bitsandbytes" and not (scheme.symmetric and scheme.format.signed):
+        raise SchemeError("rule 'bitsandbytes' divides by the largest magnitude: use 'int8n' and symmetric=True")
+    if scheme.rule == "quanto" and (scheme.symmetric or scheme.format.signed):
+        raise SchemeError(
+            "rule 'quanto' counts codes up from a block's smallest value: use 'uint4' and symmetric=False"
         )
     if scheme.rule.startswith("hqq") and (
         scheme.symmetric or scheme.format.signed or scheme.granularity.kind not in ("group", "channel")
@@ -131,7 +141,8 @@ def _rules(scheme: Scheme) -> None:
         )
     if scheme.rule == "compressed-tensors" and scheme.scale_type.name == "e8m0":
         raise SchemeError(f"rule '{scheme.rule}' stores float32, float16 or bfloat16 scales, not {scheme.scale_type}")
-    if scheme.rule in ("absmean", "hqq", "hqq:round") and scheme.scale_type.name != "float32":
+    other = ("torchao", "compressed-tensors", "gptq", "awq", "")
+    if scheme.rule not in other and scheme.scale_type.name != "float32":
         raise SchemeError(f"rule '{scheme.rule}' stores float32 scales, not {scheme.scale_type}")
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qatana.errors import ModelError
 from qatana.nn.attention import AttentionProducts
+from qatana.nn.cache import from_codes
 
 NAME = "qatana"
 SLOT = "attention_products"
@@ -49,13 +50,14 @@ def attention(
         for listen in _listener:
             listen(module, query, key, value, context, special)
         return context, None
-    groups = query.shape[1] // key.shape[1]
+    held, groups = from_codes(key), query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     products = getattr(module, SLOT, None)
     if products is None:
         products = _FLOAT
-    context = products(query, key, value, attention_mask, scaling, dropout if module.training else 0.0)
+    dropout = dropout if module.training else 0.0
+    context = products(query, key, value, attention_mask, scaling, dropout, **({"held": True} if held else {}))
     context = context.transpose(1, 2).contiguous()
     for listen in _listener:
         listen(module, query, key, value, context, "")
@@ -81,6 +83,13 @@ def has_registry(model: nn.Module) -> bool:
     return hasattr(model, "set_attn_implementation") and getattr(model, "_supports_attention_backend", False)
 
 
+def hosts(module: nn.Module) -> list[nn.Module]:
+    """The models that take their attention function from the registry: the model itself, or those in a module of the user's own."""
+    if hasattr(module, "set_attn_implementation"):
+        return [module] if has_registry(module) else []
+    return [host for child in module.children() for host in hosts(child)]
+
+
 def use_attention(model: Any) -> None:
     """Register "qatana" (its mask is the additive one of eager attention) and select it for this model."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -89,6 +98,18 @@ def use_attention(model: Any) -> None:
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, eager_mask)
     model.set_attn_implementation(NAME)
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """The configurations of a model and of its parts, each once."""
+    found: dict[int, Any] = {}
+    waiting: list[Any] = [m.config for m in model.modules() if hasattr(m, "config")]
+    while waiting:
+        config = waiting.pop()
+        if id(config) not in found and hasattr(config, "_attn_implementation"):
+            found[id(config)] = config
+            waiting += [getattr(config, key, None) for key in config.sub_configs]
+    return list(found.values())
 
 
 @contextmanager
@@ -103,17 +124,18 @@ def listening(listen: Listener) -> Iterator[None]:
 
 
 @contextmanager
-def probing_attention(model: Any) -> Iterator[None]:
-    """Let a Hugging Face model run with the registered function, and give it its own back afterwards."""
-    if "transformers" not in sys.modules or not has_registry(model):
-        yield
-        return
-    before = model.config._attn_implementation
-    use_attention(model)
+def probing_attention(model: nn.Module) -> Iterator[None]:
+    """Let Hugging Face models run with the registered function, and give every part its own back afterwards: parts differ, and
+    `set_attn_implementation` refuses a name that one of them (a convolutional backbone) does not know."""
+    found = hosts(model) if "transformers" in sys.modules else []
+    before = [(config, config._attn_implementation) for host in found for config in _configs(host)]
+    for host in found:
+        use_attention(host)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        for config, name in before:
+            config._attn_implementation_internal = name
 
 
 @torch.no_grad()

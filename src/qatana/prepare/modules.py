@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qatana.nn.attention import AttentionProducts
 from qatana.nn.foreign import Foreign, to_matrix
 from qatana.nn.registry import LayerType, layer_type
-from qatana.prepare.attention import SLOT, has_registry, listening, probing_attention, run, use_attention
+from qatana.prepare.attention import SLOT, hosts, listening, probing_attention, run, use_attention
 from qatana.prepare.build import Builder, RowWriter, parameter_bytes, replace_module
 from qatana.prepare.products import Products
 from qatana.recipe import Plan, Recipe
@@ -30,12 +30,19 @@ class Flow:
         self.outputs: dict[int, str] = {}
         self.attention: dict[str, tuple[int, int, int, int]] = {}
         self.special: dict[str, str] = {}
+        self.sizes: dict[int, int] = {}
+        self.normed: set[str] = set()
         self.products: dict[str, nn.Parameter] = {}
         self.kept: list[Tensor] = []
 
     def key(self, x: Tensor) -> int:
         self.kept.append(x)
         return x.untyped_storage().data_ptr()
+
+    def whole(self, x: Tensor) -> int:
+        """The key of a tensor that is all that a layer has put out; of a part of that (q of a fused q, k, v) one of its own."""
+        key = self.key(x)
+        return key if self.sizes.get(key, x.numel()) == x.numel() else -1 - len(self.kept)
 
 
 def observe_flow(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Flow:
@@ -46,15 +53,20 @@ def observe_flow(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         given = next((x for x in (*inputs, *named.values()) if isinstance(x, Tensor)), None)
         flow.inputs.setdefault(names[module], -1 if given is None else flow.key(given))
         if isinstance(output, Tensor):
-            flow.outputs[flow.key(output)] = names[module]
+            key = flow.key(output)
+            flow.outputs[key], flow.sizes[key] = names[module], output.numel()
+
+    def norm(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        flow.normed.add(flow.outputs.get(flow.key(inputs[0]), ""))
 
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, context: Tensor, special: str) -> None:
         if special:
             flow.special[names[module]] = special
             return
-        flow.attention[names[module]] = (flow.key(query), flow.key(key), flow.key(value), flow.key(context))
+        flow.attention[names[module]] = (flow.whole(query), flow.whole(key), flow.whole(value), flow.key(context))
 
     handles = [m.register_forward_hook(leaf, with_kwargs=True) for m in names if layer_type(m) is not None]
+    handles += [m.register_forward_pre_hook(norm) for m in names if "BatchNorm" in type(m).__name__]
     try:
         with probing_attention(model), listening(attend), Products(model) as products:
             run(model, args, kwargs)
@@ -83,6 +95,7 @@ def plan_modules(
 ) -> Plan:
     """Rows for every layer that the registry knows, and for attention.   flow: where it is known, nothing is run"""
     flow, writer = observe_flow(model, args, kwargs) if flow is None else flow, RowWriter(recipe)
+    _own_attention_rows(model, flow, writer)
     serves = _attention_rows(flow, writer)
     input_of: dict[int, str] = {}
     weights: dict[int, int] = {}
@@ -92,18 +105,9 @@ def plan_modules(
             shape = tuple(to_matrix(weight, layout).shape)
             row, key = (entry.module_of(name, parameter), type(module).__name__), flow.inputs.get(name, -1)
             weights[id(weight)] = weight.numel()
-            if name not in flow.inputs:
-                _leave(writer, entry, row, shape, "its forward never ran with the example inputs")
-            elif entry.kind == "conv" and not recipe.resolved.free:
-                _leave(
-                    writer,
-                    entry,
-                    row,
-                    shape,
-                    f"{recipe.target} quantizes convolutions by graph: plan(..., mode='graph')",
-                )
-            elif entry.native is None and not recipe.resolved.free:
-                _leave(writer, entry, row, shape, f"{recipe.target} has no integer kernel for {row[1]}")
+            unfit = _unfit(name, row[1], entry, flow, recipe)
+            if unfit:
+                _leave(writer, entry, row, shape, unfit)
             else:
                 shared = serves.get(key) or input_of.get(key, "") if i == 0 else ""
                 used = _layer_rows(writer, entry, row, shape, shared)
@@ -133,6 +137,19 @@ def _find(module: nn.Module, parameter: str) -> Tensor:
     return getattr(module.get_submodule(path), leaf)
 
 
+def _unfit(name: str, type_name: str, entry: LayerType, flow: Flow, recipe: Recipe) -> str:
+    """Why a layer stays float whatever the rules say, or ""."""
+    if name not in flow.inputs:
+        return "its forward never ran with the example inputs"
+    if recipe.resolved.free:
+        return ""
+    if not entry.has_kernel:
+        return f"{recipe.target} has no integer kernel for {type_name}"
+    if name in flow.normed:
+        return f"BatchNorm follows, which {recipe.target} folds into it by graph: plan(..., mode='graph')"
+    return ""
+
+
 def _leave(writer: RowWriter, entry: LayerType, row: tuple[str, str], shape: tuple[int, ...], reason: str) -> None:
     for role in ("weight", "input") if entry.inputs else ("weight",):
         writer.leave(row[0], entry.kind, row[1], role, reason, shape if role == "weight" else None)
@@ -148,7 +165,8 @@ def _layer_rows(
     if entry.kind == "conv" and entry.native is not None:
         writer.add(name, entry.kind, type_name, "output")
     complete = writer.complete(name, entry.kind)
-    if entry.native is not None and entry.inputs:
+    native = entry.native is not None if writer.recipe.resolved.free else entry.has_kernel
+    if native and entry.inputs:
         writer.gradient(name, entry.kind, type_name)
     return used if complete else None
 
@@ -167,6 +185,24 @@ def _attention_rows(flow: Flow, writer: RowWriter) -> dict[int, str]:
         if writer.complete(f"{name}.{SLOT}", "attention") and not writer.recipe.resolved.free:
             serves |= {storage: used[role] for role, storage in keys.items() if storage is not None}
     return serves
+
+
+def _own_attention_rows(model: nn.Module, flow: Flow, writer: RowWriter) -> None:
+    """Models of transformers that write their attention out: an engine could run its products on integers, but nothing leads there."""
+    if writer.recipe.resolved.free or ("attention", "query") not in writer.recipe.resolved.schemes:
+        return
+    seen = flow.attention.keys() | flow.special.keys()
+    inner = {
+        name: type(m).__name__
+        for name, m in model.named_modules()
+        if type(m).__module__.startswith("transformers.") and type(m).__name__.endswith("Attention")
+    }
+    for name, type_name in inner.items():
+        below = any(other.startswith(f"{name}.") for other in (*inner, *seen))
+        if name not in seen and not below:
+            reason = "its products are its own code, not one of transformers' attention functions"
+            for role in ATTENTION:
+                writer.leave(f"{name}.{SLOT}", "attention", type_name, role, reason, None)
 
 
 def _linear_output(name: str, flow: Flow, serves: dict[int, str], writer: RowWriter) -> None:
@@ -188,14 +224,17 @@ def prepare_modules(model: nn.Module, plan: Plan) -> nn.Module:
         rows = [entry.module_of(name, parameter) for parameter in entry.weights]
         if quantized.isdisjoint(rows):
             continue
-        new = entry.build(layer, builder.engine)
+        new = entry.build(layer, builder.engine, plan.recipe.resolved.free)
         slots: Any = new.slots.values() if isinstance(new, Foreign) else (new,)
         for row, slot in zip(rows, slots, strict=True):
-            builder.fill(slot, row, slot.weight)
+            builder.fill(slot, row, getattr(slot, "matrix", slot.weight))
         for place in places[layer]:
             replace_module(model, place, new)
-    if has_registry(model):
-        use_attention(model)
+    for host in hosts(
+        model
+    ):  # engines run plain products; elsewhere the user's own function stays where nothing of it is quantized
+        if not plan.recipe.resolved.free or any(isinstance(m, AttentionProducts) for m in host.modules()):
+            use_attention(host)
     return model
 
 

@@ -9,7 +9,7 @@ from torch import fx, nn
 from qatana.batch import split_inputs
 from qatana.errors import ModelError
 from qatana.nn import recompute
-from qatana.prepare.attention import has_registry
+from qatana.prepare.attention import hosts
 from qatana.prepare.graph import plan_graph, prepare_graph
 from qatana.prepare.modules import is_finite, plan_modules, prepare_modules
 from qatana.prepare.names import everything, share_tied
@@ -69,7 +69,7 @@ def _wants_graph(model: nn.Module, recipe: Recipe) -> bool:
 def _has_attention(model: nn.Module) -> bool:
     """Whether a model is a Hugging Face one with attention, its own or that of a part (a vision tower), or holds torch's."""
     named = hasattr(getattr(model, "config", None), "num_attention_heads")
-    return named or has_registry(model) or any(isinstance(m, nn.MultiheadAttention) for m in model.modules())
+    return named or bool(hosts(model)) or any(isinstance(m, nn.MultiheadAttention) for m in model.modules())
 
 
 def _check_names_suffice(recipe: Recipe) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qatana.errors import ModelError
 from qatana.numerics import Affine, IntFormat, Parameters, Scheme, engine, fake_quantize_by, levels, scale_gradient
-from qatana.numerics.coded import Coded, decode, encode, encode_weight, origin_of
+from qatana.numerics.coded import Coded, decode, encode, encode_rows, encode_weight, origin_of
 from qatana.numerics.dynamic import at_run_time, dynamic_blocks, dynamic_parameters, dynamic_tensor
 from qatana.numerics.held import fake_quantize_held, held_shapes, hold
 from qatana.numerics.parameters import SMALLEST_SCALE
@@ -232,13 +232,15 @@ class Quantizer(nn.Module):
         found = None if relu else self._recent(x)
         if found is not None:
             return found
-        if self.scheme.scale == "dynamic":
-            scale, zero = dynamic_parameters(x)
+        if self.scheme.granularity.kind == "token":
+            found = encode_rows(x, self.scheme)
+        elif self.scheme.scale == "dynamic":
+            found = encode(x, *dynamic_parameters(x), self.scheme, self.engine.name, relu)
         else:
             self._integers()
             self._require_calibrated()
-            scale, zero = self._used_scale(math.prod(x.shape[1:])), self.zero_point
-        found = encode(x, scale, zero, self.scheme, self.engine.name, relu)
+            scale = self._used_scale(math.prod(x.shape[1:]))
+            found = encode(x, scale, self.zero_point, self.scheme, self.engine.name, relu)
         if self.tap is not None:
             self.tap(self.name, found.own_codes())
         if not (relu or torch.compiler.is_compiling()):
@@ -317,6 +319,9 @@ class Quantizer(nn.Module):
             return self.by_scheme(x)
         if self._on_codes:
             return self._float_of(self.encode(x)).to(x.dtype)
+        if self.is_weight and self.tap is None:
+            given = () if self.scheme.scale == "dynamic" else self.weight_parameters(x)
+            return fake_quantize_by(x, self.scheme, *given, check=False)
         if self.is_weight:
             out, scale = self.weight_levels(x)
         else:

@@ -81,11 +81,17 @@ class Range(nn.Module):
             return
         if float(self.extent) == 0.0:
             self.extent.fill_(2.0 ** torch.tensor(bound).log2().ceil().item())
-        while float(self.extent) < bound:
-            self._double_extent()
+        self.widen(bound)
         extent = float(self.extent)
         for part in x.flatten().split(2**24):  # histc counts in float32: exact up to 2^24 elements at a time
             self.histogram += torch.histc(part, BINS, -extent, extent).to(self.histogram)
+
+    def widen(self, extent: float) -> None:
+        """Let the histogram reach to `extent` at least; one that is empty to just that."""
+        if not float(self.extent):
+            self.extent.fill_(extent)
+        while float(self.extent) < extent:
+            self._double_extent()
 
     def _double_extent(self) -> None:
         """Merge pairs of bins into the middle half of a histogram over twice the range."""
@@ -112,10 +118,7 @@ class Range(nn.Module):
             self._merge_histogram(other.histogram.clone(), float(other.extent))
 
     def _merge_histogram(self, counts: Tensor, extent: float) -> None:
-        if not float(self.extent):
-            self.extent.fill_(extent)
-        while float(self.extent) < extent:
-            self._double_extent()
+        self.widen(extent)
         while extent < float(self.extent):
             counts, extent = _coarser(counts), extent * 2
         self.histogram += counts.to(self.histogram)

@@ -80,7 +80,8 @@ def _leaving(found: Recipe, names: Any) -> Recipe:
 def _bitsandbytes(data: dict[str, Any], device: str) -> Recipe:
     layers = ("Linear", "Conv1D")
     if data.get("load_in_8bit"):
-        found = _recipe("int8n/channel sym static minmax", "int8n/token", layers)
+        rule = "sym dynamic rule=bitsandbytes"
+        found = _recipe(f"int8n/channel {rule}", f"int8n/token {rule}", layers)
     elif data.get("load_in_4bit"):
         kind = data.get("bnb_4bit_quant_type", "fp4")
         double = bool(data.get("bnb_4bit_use_double_quant"))
@@ -100,12 +101,12 @@ def _scheme(name: str, cpu: bool) -> Any:
 
 
 def _quanto(data: dict[str, Any], _: str) -> Recipe:
+    """Fewer than 8 bits: in groups of 128, as QLinear has them where 128 divides its inputs."""
     known = {"int8": "int8/channel sym dynamic", "float8": "e4m3/channel sym dynamic"}
+    known |= {name: f"u{name}/group128 asym dynamic rule=quanto" for name in ("int4", "int2")}
     weights = str(data.get("weights", "int8"))
     if weights not in known:
-        raise RecipeError(
-            f"quanto: weights='{weights}' have a float zero point that follows from the range; known: {', '.join(known)}"
-        )
+        raise RecipeError(f"quanto: weights='{weights}' have no equivalent; known: {', '.join(known)}")
     return _leaving(_recipe(known[weights]), data.get("modules_to_not_convert"))
 
 
@@ -149,7 +150,9 @@ def _bitnet(data: dict[str, Any], _: str) -> Recipe:
         raise RecipeError(
             "bitnet: use_rms_norm=True normalizes the inputs of every layer; put the norms into the model"
         )
-    return _leaving(_recipe("bitnet", "int8/token"), data.get("modules_to_not_convert"))
+    online = data.get("quantization_mode") == "online"
+    weight = "int2n/tensor sym dynamic rule=absmean:reciprocal" if online else "bitnet"
+    return _leaving(_recipe(weight, "int8/token"), data.get("modules_to_not_convert"))
 
 
 def _fp8(data: dict[str, Any], _: str) -> Recipe:
@@ -162,9 +165,10 @@ def _fp8(data: dict[str, Any], _: str) -> Recipe:
             f"fp8: expert_dtype='{data['expert_dtype']}' has scales of its own; write a rule for '*Experts'"
         )
     block = data.get("weight_block_size")
-    scales = " e8m0:ceil" if data.get("scale_fmt") == "ue8m0" else ""
-    weight = f"e4m3/block{block[0]}x{block[1]} sym dynamic{scales}" if block else f"e4m3/tensor sym dynamic{scales}"
-    tokens = f"e4m3/group{block[1]} sym dynamic{scales}" if block else "e4m3/token sym dynamic"
+    powers = data.get("scale_fmt") == "ue8m0"
+    where = f"block{block[0]}x{block[1]}" if block else "tensor"
+    weight = f"e4m3/{where} sym dynamic {'e8m0' if powers else 'float32'}:reciprocal"
+    tokens = f"e4m3/group{block[1]} sym dynamic" + " e8m0:rceil" * powers if block else "e4m3/token sym dynamic"
     return _leaving(_recipe(weight, tokens, ("Linear", "*Experts")), data.get("modules_to_not_convert"))
 
 
@@ -174,7 +178,10 @@ def _fbgemm(data: dict[str, Any], _: str) -> Recipe:
 
 
 def _mxfp4(data: dict[str, Any], _: str) -> Recipe:
-    return _leaving(_recipe("mxfp4", None, ("*Experts",)), data.get("modules_to_not_convert"))
+    """triton_kernels rounds scales up, so that no element is clipped: the rule rceil."""
+    return _leaving(
+        _recipe(str(scheme("mxfp4", rule="rceil")), None, ("*Experts",)), data.get("modules_to_not_convert")
+    )
 
 
 def _torchao(data: dict[str, Any], _: str) -> Recipe:
@@ -221,18 +228,20 @@ def _gptq(data: dict[str, Any], _: str) -> Recipe:
             "gptq: desc_act=True groups the columns in another order than they are stored; use desc_act=False"
         )
     symmetric = bool(data.get("sym", True))
-    return _leaving(_recipe(_grouped(data, symmetric)), data.get("modules_to_not_convert"))
+    return _leaving(_recipe(_grouped(data, symmetric, "gptq")), data.get("modules_to_not_convert"))
 
 
 def _awq(data: dict[str, Any], _: str) -> Recipe:
-    return _leaving(_recipe(_grouped(data, not data.get("zero_point", True))), data.get("modules_to_not_convert"))
+    weight = _grouped(data, not data.get("zero_point", True), "awq")
+    return _leaving(_recipe(weight), data.get("modules_to_not_convert"))
 
 
-def _grouped(data: dict[str, Any], symmetric: bool) -> str:
-    """Their grid: scale = range / (2^bits - 1), an integer zero point; x / scale is rounded first, then the zero point added."""
+def _grouped(data: dict[str, Any], symmetric: bool, rule: str) -> str:
+    """Their grid: scale = range / (2^bits - 1), an integer zero point; x / scale is rounded first, then the zero point added. (awq without
+    zero points: scale = max |x| / (2^(bits-1) - 1).)"""
     bits, size = int(data.get("bits", 4)), int(data.get("group_size", 128))
     where = "channel" if size == -1 else f"group{size}"
-    return f"int{bits}/{where} {'sym' if symmetric else 'asym'} dynamic rule=compressed-tensors"
+    return f"int{bits}/{where} {'sym' if symmetric else 'asym'} dynamic rule={rule}"
 
 
 METHODS: dict[str, Callable[[dict[str, Any], str], Recipe]] = {

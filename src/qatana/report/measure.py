@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from qatana.batch import evaluating, move, split_inputs
 from qatana.errors import DataError, ModelError
+from qatana.nn import SwappedLinear
 from qatana.quantizer import Quantizer, quantizers
 from qatana.report.data import Grid, LayerHistogram, LayerRow, Stage, StageHistogram
 
@@ -185,6 +186,8 @@ def _measure_weights(float_model: nn.Module | None, qat_model: nn.Module, gauges
         view = quantizer.scheme.granularity.view if quantizer.has_levels else _as_it_is
         gauge.add(view(weight), levels, scale)
         original = originals.get(quantizer.name)
+        if original is not None and isinstance(layer, SwappedLinear):
+            original = original.t()
         if original is not None and original.shape == weight.shape:
             folded = (
                 original

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from qatana.errors import ModelError
 from qatana.nn.conv import Conv
 from qatana.nn.settle import settle_weights
-from qatana.quantizer import Quantizer, quantizers
+from qatana.quantizer import Quantizer, agree, quantizers
 from qatana.quantizer.ranges import MOMENTUM
 from qatana.train.failure import TrainingError
 
@@ -36,6 +36,7 @@ class Controller:
                           as calibrated; None: to the end
     freeze_batch_norm_at  from then on BatchNorm uses and keeps its running statistics, also in train mode;
                           None: never
+    Under torch.distributed every process has one and steps it; ranges take in the batches of all.
     Each is a number of steps (int) or a share of total_steps (float from 0 to 1). A calibrated model with
     float_steps=0 starts quantized, with the scales it has (PTQ start).
     State: the number of steps done; all else follows from it, or is a buffer of the model (save that too).
@@ -113,6 +114,7 @@ class Controller:
     def step(self) -> None:
         """One optimizer step was done: settle what is due and set all switches for the next one."""
         if self.observing:
+            agree([q.range for q in self._followed() if q.range is not None])
             self._forget()
         self._step += 1
         if self._step == self.float_steps:

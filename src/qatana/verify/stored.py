@@ -13,6 +13,7 @@ from qatana import hardware
 from qatana.artifact import Artifact, sha256
 from qatana.batch import split_inputs
 from qatana.errors import ArtifactError, DataError
+from qatana.numerics.stored import read_back
 from qatana.quantizer import Quantizer
 from qatana.verify.certificate import Certificate, Comparison
 from qatana.verify.qat import QatRun, tensors_of
@@ -99,7 +100,7 @@ def _compare_weights(model: nn.Module, artifact: Artifact, out: Comparison) -> N
             continue
         module: Any = layer
         ours = quantizer(module.folded()[0] if hasattr(layer, "folded") else module.weight)
-        codes, parameters, *rest = stored[quantizer.name].args
+        codes, parameters, *rest = stored[quantizer.name].args[-5:]  # rows of a table: their ids stand before
         given: Any = [tensors[str(node.target)] for node in parameters]  # type: ignore[union-attr]
-        theirs = stored[quantizer.name].target(tensors[str(codes.target)], given, *rest)  # type: ignore[operator,union-attr]
+        theirs = read_back(tensors[str(codes.target)], given, *rest)  # type: ignore[union-attr]
         out.tally(quantizer.name, "weight").compare(ours.float().cpu(), theirs.to(ours.dtype).float())

@@ -8,6 +8,7 @@ integer_model(model).save_pretrained("integers")                        # from_p
 
 Importing this package registers the method "qatana" with transformers."""
 
+from qatana.integrations.huggingface.cache import CodedCache
 from qatana.integrations.huggingface.callback import Distillation, QatanaCallback
 from qatana.integrations.huggingface.config import QatanaConfig
 from qatana.integrations.huggingface.example import example_inputs
@@ -16,6 +17,7 @@ from qatana.integrations.huggingface.models import attach, integer_model
 from qatana.integrations.huggingface.quantizer import QatanaHfQuantizer
 
 __all__ = [
+    "CodedCache",
     "Distillation",
     "QatanaCallback",
     "QatanaConfig",

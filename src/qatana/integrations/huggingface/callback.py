@@ -37,7 +37,8 @@ class QatanaCallback(TrainerCallback, ExportableState):
     Each log entry gets "qatana/quantizing", "qatana/observing" (0 or 1) and "qatana/saturation", the share of codes at an end of
     their range, sampled in the step that is logged. `report_through(trainer)` hands them to TensorBoard, W&B and whatever else
     `report_to` names.
-    Raises: TrainingError, ModelError as the Controller does, when training begins."""
+    Raises: TrainingError, ModelError as the Controller does, when training begins; ModelError after the first step if the loss passed a
+    quantized output head by (see `_Head`)."""
 
     def __init__(
         self,
@@ -53,6 +54,7 @@ class QatanaCallback(TrainerCallback, ExportableState):
         self.controller: qt.Controller | None = None
         self.metrics: dict[str, float] = {}
         self._sampling, self._share = ExitStack(), _nothing
+        self._head: _Head | None = None
 
     def report_through(self, trainer: Any) -> QatanaCallback:
         """Stand before the reporters, which write a log entry as soon as they see it; the Trainer puts them first. Returns itself."""
@@ -70,15 +72,21 @@ class QatanaCallback(TrainerCallback, ExportableState):
             saved = saved[0]
         if saved and saved["attributes"]["saved"]:
             self.controller.load_state_dict(saved["attributes"]["saved"])
+        self._head = (
+            None if args.torch_compile else _Head(kwargs["model"])
+        )  # a compiled graph has no place to listen at
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         every = max(1, int(state.logging_steps or 1))
         logged = args.logging_strategy == "steps" and (state.global_step + 1) % every == 0
-        if logged and not args.torch_compile:  # a compiled graph has no place to listen at
+        if logged and not args.torch_compile:
             self._share = self._sampling.enter_context(qt.watching(kwargs["model"]))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.controller is not None
+        if self._head is not None:
+            self._head.check()
+            self._head = None
         self.metrics = {
             "qatana/quantizing": float(self.controller.quantizing),
             "qatana/observing": float(self.controller.observing),
@@ -99,6 +107,32 @@ class QatanaCallback(TrainerCallback, ExportableState):
         """What the Trainer writes into trainer_state.json."""
         saved = None if self.controller is None else self.controller.state_dict()
         return {"args": dict(self.schedule), "attributes": {"saved": saved}}
+
+
+class _Head:
+    """Whether the output head runs in the first step, if it is quantized. A loss that multiplies by its weight itself, in pieces, passes
+    its quantizers by, and trains another model than the one that ships."""
+
+    def __init__(self, model: Any) -> None:
+        find = getattr(model, "get_output_embeddings", None)
+        head = None if find is None else find()
+        self.ran, self._handle = True, None
+        if isinstance(head, nn.Module) and qt.quantizers(head):
+            self.ran, self._handle = False, head.register_forward_hook(self._note)
+
+    def _note(self, *_: Any) -> None:
+        self.ran |= torch.is_grad_enabled()
+
+    def check(self) -> None:
+        """Raises: ModelError."""
+        if self._handle is not None:
+            self._handle.remove()
+        if not self.ran:
+            raise qt.ModelError(
+                "the output head is quantized and did not run in the first step: a loss that reads its weight itself (TRL's and Liger's "
+                "fused heads) passes its quantizers by. Keep the head float, QatanaConfig(..., modules_to_not_convert=['lm_head']), or "
+                "compute the loss from the model's logits, as transformers.Trainer.compute_loss does"
+            )
 
 
 def _nothing() -> float | None:

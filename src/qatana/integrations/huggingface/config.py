@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from itertools import zip_longest
 from typing import Any
 
 import qatana as qt
@@ -11,7 +12,7 @@ from qatana.errors import nearest, require
 
 require("transformers", "hf")
 
-from transformers.quantizers.auto import register_quantization_config  # noqa: E402
+from transformers.quantizers import auto  # noqa: E402
 from transformers.utils.quantization_config import QuantizationConfigMixin  # noqa: E402
 
 METHOD = "qatana"
@@ -59,6 +60,36 @@ class QatanaConfig(QuantizationConfigMixin):
         names = self.modules_to_not_convert
         return self.recipe.skip(*names, reason="in modules_to_not_convert") if names else self.recipe
 
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What transformers sets on the configuration of a checkpoint that is quantized already: the one that it was to be loaded with."""
+        return {"wanted": self}
+
+    @property
+    def wanted(self) -> QatanaConfig:
+        """The configuration that a checkpoint with this one was to be loaded with: a checkpoint has its own, so it must be equal.
+
+        Raises: RecipeError when it is set and another."""
+        return self
+
+    @wanted.setter
+    def wanted(self, given: QatanaConfig) -> None:
+        difference = _difference(self.full_recipe.to_dict(), given.full_recipe.to_dict())
+        if difference:
+            raise qt.RecipeError(
+                f"the checkpoint was quantized by another recipe ({difference}): load it without quantization_config, which goes on with "
+                f"its own; or quantize its values anew: from_pretrained(folder).dequantize(), save_pretrained, and load that"
+            )
+        if given.trainable and not self.trainable:
+            raise qt.RecipeError(
+                "the checkpoint is an integer model, which does not train: load it without quantization_config to run it, or take "
+                "its values as the start of another training: from_pretrained(folder).dequantize(), save_pretrained, and load that"
+            )
+        if self.trainable and not given.trainable:
+            raise qt.RecipeError(
+                "the checkpoint is a QAT model: load it without quantization_config, then "
+                "qatana.integrations.huggingface.integer_model(model), which trainable=False does for float checkpoints"
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, the inverse of `from_dict`; what has not been set is left out."""
         data: dict[str, Any] = {"quant_method": METHOD, "recipe": self.recipe.to_dict(), "trainable": self.trainable}
@@ -74,6 +105,18 @@ class QatanaConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
 
+def _difference(stored: dict[str, Any], given: dict[str, Any]) -> str:
+    """The first thing that two recipes do not have in common, or ""."""
+    rules = list(zip_longest(stored.pop("rules", ()), given.pop("rules", ())))
+    pairs = [(key, stored.get(key), given.get(key)) for key in dict.fromkeys((*stored, *given))]
+    pairs += [(f"rule {i}", a, b) for i, (a, b) in enumerate(rules, 1)]
+    return next((f"{what}: {_said(a)} there, {_said(b)} here" for what, a, b in pairs if a != b), "")
+
+
+def _said(value: Any) -> str:
+    return "none" if value is None else json.dumps(value)
+
+
 def _recipe(given: Any) -> qt.Recipe:
     if isinstance(given, qt.Recipe):
         return given
@@ -85,4 +128,5 @@ def _recipe(given: Any) -> qt.Recipe:
     return qt.Recipe.from_dict(given)
 
 
-register_quantization_config(METHOD)(QatanaConfig)
+auto.register_quantization_config(METHOD)(QatanaConfig)
+auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, QatanaConfig)

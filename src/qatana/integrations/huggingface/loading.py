@@ -165,7 +165,7 @@ def _untie(model: Any) -> None:
         for key in shared:
             module.__dict__[key] = module._modules.pop(key)
         seen.update(child for child in module._modules.values() if child is not None)
-    kept = {a: b for a, b in model.all_tied_weights_keys.items() if _is_tensor(model, a) and _is_tensor(model, b)}
+    kept = {a: b for a, b in model.all_tied_weights_keys.items() if _is_parameter(model, a) and _is_parameter(model, b)}
     if kept != model.all_tied_weights_keys:
         model.all_tied_weights_keys = kept
         model._tied_weights_keys = kept
@@ -175,7 +175,7 @@ def _keep_from_initialization(model: nn.Module) -> None:
     """Weights that are codes now are no parameters that the model's own `_init_weights` could set: the mark of transformers on each, and
     while loading a marked empty tensor in the place of those that are gone."""
     for module in model.modules():
-        if "codes" in module._buffers:
+        if "codes" in module._buffers or "weight_scale" in module._buffers:
             module._is_hf_initialized = True  # type: ignore[assignment]
         gone = [name for name, p in module._parameters.items() if p is None] if "slots" in module._modules else []
         for name in gone:
@@ -185,6 +185,7 @@ def _keep_from_initialization(model: nn.Module) -> None:
             module.__dict__[PLACES] = gone
 
 
-def _is_tensor(model: nn.Module, name: str) -> bool:
+def _is_parameter(model: nn.Module, name: str) -> bool:
+    """Codes of engines' layers are buffers, each layer with its own."""
     path, _, leaf = name.rpartition(".")
-    return isinstance(getattr(model.get_submodule(path), leaf, None), torch.Tensor)
+    return isinstance(getattr(model.get_submodule(path), leaf, None), nn.Parameter)

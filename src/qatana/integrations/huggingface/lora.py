@@ -7,6 +7,7 @@ PEFT's own LoRA layer adds B A x beside the quantized layer: merging then rounds
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -37,7 +38,10 @@ def add_lora(model: Any, config: Any, adapter_name: str = "default") -> Any:
             f"lora_dropout={config.lora_dropout} drops inputs of the adapter, which is part of the weight here: 0"
         )
     config._register_custom_module(dict.fromkeys(layers, _layer_class()))
-    return peft.get_peft_model(model, config, adapter_name=adapter_name)
+    # PEFT knows the sizes of layers by the name of their class, and asks those whose name it does not know.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Unsupported layer type '<class 'qatana", UserWarning)
+        return peft.get_peft_model(model, config, adapter_name=adapter_name)
 
 
 def _layer_class() -> type[nn.Module]:
@@ -48,6 +52,7 @@ def _layer_class() -> type[nn.Module]:
 
         def __init__(self, base_layer: Any, adapter_name: str, **kwargs: Any) -> None:
             super().__init__(base_layer, adapter_name, **kwargs)
+            self.fan_in_fan_out = base_layer.swapped  # whose weight is (K, N)
             if self.lora_variant or any(self.lora_bias.values()):
                 raise qt.RecipeError("LoRA inside a quantizer is W + B A: no DoRA or other variant, no lora_bias")
 

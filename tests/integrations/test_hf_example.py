@@ -16,7 +16,7 @@ def test_three_lines_more_than_the_stock_script(
 ) -> None:
     script = repository / "examples" / "hf_token_classification.py"
     assert re.findall(r"# .*line (\d) of 3$", script.read_text(), re.MULTILINE) == ["1", "2", "3"]
-    command = [sys.executable, str(script), "--limit", "24", "--steps", "40"]
+    command = [sys.executable, str(script), "--limit", "8", "--steps", "6"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = dict(re.findall(r"^(float|QAT|integers) +entity F1 +([\d.]+)$", done.stdout, re.MULTILINE))

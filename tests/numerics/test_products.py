@@ -80,7 +80,8 @@ def test_rows(weight: str, shape: tuple[int, ...]) -> None:
     """Inputs with a scale per token, weights in blocks: the formula of `products.ROWS`, block by block in float32 on exact sums."""
     x, w, b = linear_case(shape)
     token, blocks = (scheme(name, scale="dynamic") for name in ("int8/token", weight))
-    assert products.by_rows(token, blocks, w.dtype)
+    assert products.goes_by_rows(token, False)
+    assert products.goes_by_rows(blocks, True)
     coded_x, coded_w = encode_rows(x, token), encode_weight(w, blocks)
     y = products.linear(coded_x, coded_w, b, products.ROWS)
     levels, scales = coded_x.codes.reshape(-1, shape[-1]).long(), coded_w.scale.reshape(len(w), -1)

@@ -71,7 +71,7 @@ class Linear(nn.Module):
         w, x = self.weight_quantizer, self.input_quantizer
         if w is None or x is None or not (w.enabled and x.enabled):
             return False
-        return products.by_rows(x.scheme, w.scheme, self.weight.dtype)
+        return x.by_rows and w.by_rows and self.weight.dtype == torch.float32
 
     def forward(self, x: Tensor) -> Tensor:
         y = self._integers(x) if self.integer else self._rows(x) if self.by_rows else self._float(x)

@@ -24,8 +24,9 @@ class StoredWeight(nn.Module):
         self.register_buffer("codes", stored.codes)
         for key, value in zip(("scale", "offset"), stored.parameters, strict=False):
             self.register_buffer(key, value)
+        self.scale_shape = scheme.granularity.scale_shape(tuple(weight.shape))
         self.scheme, self.shape, self.name, self.dtype = scheme.text, list(weight.shape), name, weight.dtype
-        self.by_rows = reads_rows(scheme, weight.shape)
+        self.reads_rows, self.by_rows = reads_rows(scheme, weight.shape), products.goes_by_rows(scheme, True)
 
     def extra_repr(self) -> str:
         return f"{self.scheme}, {tuple(self.shape)}"
@@ -40,15 +41,13 @@ class StoredWeight(nn.Module):
 
     def levels(self) -> tuple[Tensor, Tensor]:
         """Levels int8 (N, K) and their scales float32, one per row or block of a row."""
-        scheme = Scheme.parse(self.scheme)
-        scale = self.get_buffer("scale").float()
-        wanted = scheme.granularity.scale_shape(tuple(self.shape))
+        scale, wanted = self.get_buffer("scale").float(), self.scale_shape
         scale = scale.expand(wanted) if scale.numel() == 1 else scale.reshape(wanted)
         return read_levels(self.codes, self.scheme, self.shape), scale
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of a table: ids (*shape) -> (*shape, D). Only they are read, where their codes lie together."""
-        if not self.by_rows:
+        if not self.reads_rows:
             return F.embedding(ids, self())
         return read_back_rows(ids, self.codes, self._parameters_of(), self.scheme, self.shape, self.name).to(self.dtype)
 
@@ -71,7 +70,7 @@ class StoredLinear(nn.Module):
     def by_rows(self) -> bool:
         """Whether the QAT layer multiplied integers, by its schemes."""
         x, w = self.x, self.weight
-        return x is not None and x.enabled and products.by_rows(x.scheme, Scheme.parse(w.scheme), w.dtype)
+        return x is not None and x.enabled and x.by_rows and w.by_rows and w.dtype == torch.float32
 
     def forward(self, x: Tensor) -> Tensor:
         if self.by_rows:

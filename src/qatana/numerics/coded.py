@@ -120,7 +120,9 @@ def _codes(
 
 
 def _fits(ends: Tensor, y: Affine) -> bool:
-    """Whether no element leaves the range, by the smallest and the largest."""
+    """Whether no element leaves the range, by the smallest and the largest. A GPU is not asked, which would make the host wait."""
+    if ends.device.type != "cpu":
+        return False
     rounded = torch.round(ends / y.scale).add_(y.zero_point)
     return bool((rounded[0] >= y.lo) & (rounded[1] <= y.hi))
 

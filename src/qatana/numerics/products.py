@@ -21,7 +21,7 @@ from qatana.numerics.coded import Coded, decoded, encode_again, masked
 from qatana.numerics.engine import Affine, Engine
 from qatana.numerics.engines import engine as engine_named
 from qatana.numerics.fused import sweep
-from qatana.numerics.integer_sums import EXACT_FLOAT, MOST, integer_sum, row_sums
+from qatana.numerics.integer_sums import EXACT_FLOAT, EXACT_INT, MOST, integer_sum, row_sums
 from qatana.numerics.masks import length, pack_mask
 from qatana.numerics.openvino import OpenVino
 from qatana.numerics.scheme import Scheme
@@ -42,13 +42,14 @@ LEAST_BLOCK = 64
 """Columns of a block from which integer products pay: each block is a product of its own, and a pass over y."""
 
 
-def by_rows(x: Scheme, w: Scheme, dtype: torch.dtype) -> bool:
-    """Whether a linear layer with a weight of this dtype multiplies codes by the formula of `ROWS`. The schemes decide, everywhere, so
-    that the layer and its converted form compute the same."""
-    sizes = {"channel": w.granularity.axis == 0, "group": w.granularity.size >= LEAST_BLOCK}
-    plain = all(s.is_integer and s.symmetric and not s.integer_grid.rule and s.integer.bits <= 8 for s in (x, w))
-    kind = x.granularity.kind == "token" and x.scale == "dynamic"
-    return plain and kind and sizes.get(w.granularity.kind, False) and dtype == torch.float32
+def goes_by_rows(scheme: Scheme, weight: bool) -> bool:
+    """Whether an input or a weight of this scheme is multiplied by the formula of `ROWS`, if the other is, too, and the weight is
+    float32. The schemes decide, everywhere, so that a layer and its converted form compute the same."""
+    plain = scheme.is_integer and scheme.symmetric and not scheme.integer_grid.rule and scheme.integer.bits <= 8
+    kind, axis, size = scheme.granularity.kind, scheme.granularity.axis, scheme.granularity.size
+    if not weight:
+        return plain and kind == "token" and scheme.scale == "dynamic"
+    return plain and ((kind == "channel" and axis == 0) or (kind == "group" and size >= LEAST_BLOCK))
 
 
 def reduced_gradients(device: torch.device) -> bool:
@@ -101,32 +102,32 @@ def _operands(x: Coded, w: Coded) -> tuple[Any, ...]:
     return x.hat, x.codes, x.scale, x.zero_point, w.hat, w.codes, w.scale, w.source, w.scheme
 
 
-def accumulator(x: Tensor, zero_point: Tensor, w: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Integers A (M, N) and c (1, N), or None, with acc = A - c exact in float32, or in the dtype of A where that is float64.
+def accumulator(x: Tensor, zero_point: Tensor, w: Tensor) -> tuple[Tensor, Tensor | None, bool]:
+    """Integers A (M, N), c (1, N) or None, and whether acc = A - c may reach 2^24: what `exact` makes acc of, inside a pass over A.
 
-    x (M, K), w (N, K) int8. A is good until the next call of this thread (`integer_sum`)."""
-    total = integer_sum(x, w)
+    x (M, K), w (N, K) int8. A is good until the next call of this thread (`integer_sum`). A GPU is not asked for the numbers, which would
+    make the host wait: K alone decides there."""
+    total, k, host = integer_sum(x, w), x.shape[1], x.device.type == "cpu"
     correction = None
-    if x.shape[0] and bool(zero_point != 0):
+    if total.numel() and (not host or bool(zero_point != 0)):
         correction = row_sums(w).mul_(zero_point).view(1, -1)
-    if total.dtype != torch.float64 and not _is_exact(total, correction, x.shape[1]):
+    wide = total.numel() > 0 and k * MOST * 255 >= EXACT_FLOAT and not (host and _is_small(total, correction))
+    if (total.dtype == torch.float32 and wide) or k * MOST * 255 >= EXACT_INT:
         total = total.double()
-    return total, None if correction is None else correction.to(total.dtype)
+    return total, None if correction is None else correction.to(total.dtype), wide
 
 
-def _is_exact(total: Tensor, correction: Tensor | None, k: int) -> bool:
-    """Whether every |A - c| is below 2^24: for certain by K, else by the largest numbers."""
-    if k * MOST * 255 < EXACT_FLOAT or not total.numel():
-        return True
+def _is_small(total: Tensor, correction: Tensor | None) -> bool:
+    """Whether every |A - c| is below 2^24, by the largest |A| and |c|."""
     low, high = torch.aminmax(total)
     most = torch.maximum(-low, high) + (0 if correction is None else correction.abs().max())
     return bool(most < EXACT_FLOAT)
 
 
-def exact(total: Tensor, correction: Tensor | None) -> Tensor:
-    """acc, float32 (float64 where A is)."""
+def exact(total: Tensor, correction: Tensor | None, wide: bool) -> Tensor:
+    """acc: float32, or float64 where it may not fit."""
     acc = total if correction is None else total - correction
-    return acc if acc.dtype == torch.float64 else acc.float()
+    return acc.double() if wide else acc.float()
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -146,8 +147,8 @@ def _linear(
         s32 = x_scale * w_scale.reshape(-1)
         arithmetic = DYNAMIC_ARITHMETIC if engine == DYNAMIC else engine_named(engine)
         term = None if bias is None else arithmetic.bias_term(bias, s32).view(1, -1)
-        sums = accumulator(_rows(x), x_zero_point, w)
-        sweep(_outputs, [_rows(out)], [*sums, s32.view(1, -1), term], arithmetic)
+        *sums, wide = accumulator(_rows(x), x_zero_point, w)
+        sweep(_outputs, [_rows(out)], [*sums, s32.view(1, -1), term], arithmetic, wide)
     return out
 
 
@@ -172,9 +173,9 @@ def _add_block(
 
 
 def _outputs(
-    total: Tensor, correction: Tensor | None, s32: Tensor, term: Tensor | None, arithmetic: Engine
+    total: Tensor, correction: Tensor | None, s32: Tensor, term: Tensor | None, arithmetic: Engine, wide: bool
 ) -> tuple[Tensor]:
-    return (arithmetic.linear(exact(total, correction), s32, term),)
+    return (arithmetic.linear(exact(total, correction, wide), s32, term),)
 
 
 @_linear.register_fake
@@ -307,9 +308,9 @@ def _linear_requantized(
         out = torch.empty((*x.shape[:-1], w.shape[0]), dtype=torch.float32, device=x.device)
         flat = _rows(out)
         inside = torch.empty(0 if learned else flat.shape, dtype=torch.uint8, device=x.device)
-        sums = accumulator(_rows(x), x_zero_point, w)
+        *sums, wide = accumulator(_rows(x), x_zero_point, w)
         operands = [*sums, s32.view(1, -1), term, y_scale, y_zero_point, x_zero_point + origin]
-        constants = (arithmetic, lo, hi, x.ndim, not learned)
+        constants = (arithmetic, lo, hi, x.ndim, not learned, wide)
         sweep(_levels, [flat, *([] if learned else [inside])], operands, *constants, compile=arithmetic.fuses)
     return out, pack_mask(inside)
 
@@ -319,8 +320,8 @@ def _levels(
 ) -> tuple[Tensor, ...]:
     """y_hat, and where the real output, rounded, is inside the range.   rest: y's scale and zero point, x's zero point, engine, lo, hi, the
     dimensions of x (formulas ask whether the product is a matrix), whether to tell where inside"""
-    y_scale, y_zero_point, x_zero_point, arithmetic, lo, hi, ndim, mask = rest
-    acc, y = exact(total, correction), Affine(y_scale, y_zero_point, lo, hi)
+    y_scale, y_zero_point, x_zero_point, arithmetic, lo, hi, ndim, mask, wide = rest
+    acc, y = exact(total, correction, wide), Affine(y_scale, y_zero_point, lo, hi)
     shaped = acc.view(*(1,) * (ndim - 2), *acc.shape)
     levels = arithmetic.linear_levels(shaped, s32, term, y, x_zero_point).view(acc.shape)
     if not mask:
@@ -386,9 +387,9 @@ def _clipped(
     out, flat = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device), _rows(grad)
     term = None if bias is None else arithmetic.bias_term(bias, s32).view(1, -1)
     terms = torch.empty(flat.shape[0], 1, device=grad.device)
-    sums = accumulator(_rows(x), x_zero_point, w)
+    *sums, wide = accumulator(_rows(x), x_zero_point, w)
     operands = [flat, *sums, s32.view(1, -1), term, y_scale, y_zero_point]
-    sweep(_clip, [_rows(out), terms], operands, arithmetic, lo, hi)
+    sweep(_clip, [_rows(out), terms], operands, arithmetic, lo, hi, wide)
     return out, terms.sum(dtype=torch.float64).float().reshape(y_scale.shape)
 
 
@@ -396,8 +397,8 @@ def _clip(
     grad: Tensor, total: Tensor, correction: Tensor | None, s32: Tensor, term: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     """d y and the terms of d s, summed over rows.   rest: y's scale and zero point, engine, lo, hi"""
-    y_scale, y_zero_point, arithmetic, lo, hi = rest
-    t = arithmetic.linear(exact(total, correction), s32, term) / y_scale
+    y_scale, y_zero_point, arithmetic, lo, hi, wide = rest
+    t = arithmetic.linear(exact(total, correction, wide), s32, term) / y_scale
     rounded = torch.round(t)
     levels = torch.minimum(torch.maximum(rounded, lo - y_zero_point), hi - y_zero_point)
     inside = rounded.eq(levels).to(grad.dtype)

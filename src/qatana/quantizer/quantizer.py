@@ -19,6 +19,7 @@ from qatana.numerics.coded import Coded, decode, encode, encode_rows, encode_wei
 from qatana.numerics.dynamic import at_run_time, dynamic_blocks, dynamic_parameters, dynamic_tensor
 from qatana.numerics.held import fake_quantize_held, held_shapes, hold
 from qatana.numerics.parameters import SMALLEST_SCALE
+from qatana.numerics.products import goes_by_rows
 from qatana.quantizer.ranges import Range, weight_parameters
 
 
@@ -47,6 +48,7 @@ class Quantizer(nn.Module):
             scheme.check(shape, name)
         dynamic_activation = scheme.scale == "dynamic" and not self.is_weight
         scale_shape = () if shape is None or scheme.holds else scheme.granularity.scale_shape(shape)
+        self.by_rows = goes_by_rows(scheme, self.is_weight)
         self.enabled, self.observing = False, False
         self.lifted = False
         self.tap: Callable[[str, Tensor], None] | None = None

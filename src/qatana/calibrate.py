@@ -42,7 +42,7 @@ def calibrate(
     device = next(model.parameters()).device
     modes = {module: module.training for module in model.modules()}
     for quantizer in found.values():
-        quantizer.enabled, quantizer.observing = False, True
+        quantizer.enabled, quantizer.observing, quantizer.following = False, True, False
     model.eval()
     seen = 0
     try:

@@ -28,7 +28,7 @@ IDS = torch.tensor([[3, 0, 39], [3, 7, 21]])
 def test_rows(s, dtype: torch.dtype) -> None:
     table = torch.randn(40, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
     weight = StoredWeight(store(table, s), s, table, "table")
-    assert weight.by_rows == (s in ALONE)
+    assert weight.reads_rows == (s in ALONE)
     expected = fake_quantize_by(table, s)
     assert torch.equal(weight(), expected)
     assert torch.equal(StoredEmbedding(weight)(IDS), expected[IDS])

@@ -18,6 +18,7 @@ from qatana.numerics import (
     coded_conv,
     fake_quantize_by,
     operators,
+    product_gradients,
     products,
     scheme,
 )
@@ -321,11 +322,11 @@ def test_half_precision_in_and_gradients_back(dtype: torch.dtype) -> None:
 def test_float_products_of_any_strides(
     leads: bool, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "onednn_leads", lambda: leads)
+    monkeypatch.setattr(product_gradients, "onednn_leads", lambda: leads)
     torch.manual_seed(0)
     m, k, n = shape
     a, b = torch.randn(k, m).t(), torch.randn(n, k).t()
-    assert_close([products.float_product(a, b)], [(a.double() @ b.double()).float()])
+    assert_close([product_gradients.float_product(a, b)], [(a.double() @ b.double()).float()])
 
 
 def test_operators_are_proper() -> None:

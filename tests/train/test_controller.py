@@ -64,6 +64,22 @@ def test_float_warmup_really_is_float(cnn, images) -> None:
     assert switches(model) == ({True}, {False})
 
 
+def test_an_evaluation_between_steps_moves_no_range(cnn, images) -> None:
+    model = cnn()
+    controller = Controller(model, 100, freeze_ranges_at=0.5)
+    run(model, images, controller, 3)
+    assert controller.phase == "quantized, ranges followed"
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.eval()
+    with torch.no_grad():
+        model(10 * images[0][0])
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    model.train()
+    model(10 * images[0][0])
+    after = model.state_dict()
+    assert any(not torch.equal(before[k], after[k]) for k in before if ".range." in k)
+
+
 def test_scales_after_warmup_are_those_of_calibration_on_the_same_batches(two_bits, vectors) -> None:
     """Weights that did not move get the scales that calibrate gives them, though none was calibrated before."""
     expected, model = two_bits(), two_bits(calibrated=False)

@@ -23,7 +23,8 @@ from qatana.numerics.engines import engine as engine_named
 from qatana.numerics.fused import sweep
 from qatana.numerics.integer_sums import EXACT_FLOAT, exact_float, integer_sum
 from qatana.numerics.masks import length, pack_mask, unpack_mask
-from qatana.numerics.products import is_inside, reduced_gradients
+from qatana.numerics.product_gradients import reduced_gradients
+from qatana.numerics.products import is_inside
 from qatana.numerics.workspace import buffer
 
 DRAWS = 2**16
@@ -160,7 +161,7 @@ def _outputs(
     if lo == hi:
         return (engine.product(acc, s32),)
     y = Affine(y_scale, y_zero, lo, hi)
-    return engine.product_levels(acc, s32, y) * y_scale, is_inside(engine.product(acc, s32), y)
+    return engine.product_levels(acc, s32, y) * y_scale, is_inside(engine.product(acc, s32), y).to(torch.int32)
 
 
 def _heads_inside(shape: torch.Size, device: torch.device) -> Tensor:

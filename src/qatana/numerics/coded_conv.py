@@ -19,7 +19,8 @@ from qatana.numerics.engines import engine as engine_named
 from qatana.numerics.fused import sweep
 from qatana.numerics.integer_sums import Geometry, convolution_sum
 from qatana.numerics.masks import length, pack_mask
-from qatana.numerics.products import is_inside, reduced_gradients, rounded
+from qatana.numerics.product_gradients import reduced_gradients, rounded
+from qatana.numerics.products import is_inside
 from qatana.numerics.workspace import buffer
 
 Shape = Sequence[int]
@@ -242,7 +243,7 @@ def _levels(acc: Tensor, s32: Tensor, term: Tensor | None, *rest: Any) -> tuple[
     inside = is_inside(value, y)
     if relu:
         levels, inside = levels.clamp(min=0), inside.logical_and(value > 0)
-    return (levels + (y_zero_point - origin_of(lo))).to(torch.int8), inside
+    return (levels + (y_zero_point - origin_of(lo))).to(torch.int8), inside.to(torch.int32)
 
 
 @_requantized.register_fake

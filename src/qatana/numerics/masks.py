@@ -28,7 +28,7 @@ def everywhere(elements: int, device: torch.device) -> Tensor:
 
 
 def bits_of(inside: Tensor) -> Tensor:
-    """bool (R, 8, 64) -> uint8 (R, 64)."""
+    """bool or uint8 of 0 and 1 (R, 8, 64) -> uint8 (R, 64)."""
     return (inside.to(torch.int32) << _shifts(inside.device)).sum(1).to(torch.uint8)
 
 
@@ -67,7 +67,7 @@ def sweep_blocks(
 
 
 def _pack(inside: Tensor) -> tuple[Tensor]:
-    return (bits_of(inside != 0),)
+    return (bits_of(inside),)
 
 
 def pack_mask(inside: Tensor) -> Tensor:

@@ -16,16 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qatana.hardware import onednn_leads
-from qatana.numerics.coded import Coded, decoded, encode_again, masked
+from qatana.numerics.coded import Coded, encode_again, masked
 from qatana.numerics.engine import Affine, Engine
 from qatana.numerics.engines import engine as engine_named
 from qatana.numerics.fused import sweep
 from qatana.numerics.integer_sums import EXACT_FLOAT, EXACT_INT, MOST, integer_sum, row_sums
 from qatana.numerics.masks import length, pack_mask
 from qatana.numerics.openvino import OpenVino
+from qatana.numerics.product_gradients import linear_gradients, reduced_gradients
 from qatana.numerics.scheme import Scheme
-from qatana.numerics.workspace import buffer
 
 DYNAMIC = "dynamic"
 """In place of an engine's name: y = f32(acc) * s32, then + bias, as kernels do whose activations are quantized at run time."""
@@ -50,12 +49,6 @@ def goes_by_rows(scheme: Scheme, weight: bool) -> bool:
     if not weight:
         return plain and kind == "token" and scheme.scale == "dynamic"
     return plain and ((kind == "channel" and axis == 0) or (kind == "group" and size >= LEAST_BLOCK))
-
-
-def reduced_gradients(device: torch.device) -> bool:
-    """Whether autocast asks for gradients in bfloat16."""
-    kind = device.type
-    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
 
 
 def linear(x: Coded, w: Coded, bias: Tensor | None, engine: str) -> Tensor:
@@ -202,95 +195,12 @@ def _operand_gradients(
     ctx, grad: Tensor, head: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     need_x, need_w, need_b = (ctx.needs_input_grad[i] for i in (0, 4, 9))
-    found = torch.ops.qatana.coded_linear_gradients(grad, *head, need_x, need_w, ctx.reduced)
+    found = linear_gradients(grad, *head, need_x, need_w, ctx.reduced)
     x, w = (g if need else None for g, need in zip(found, (need_x, need_w), strict=True))
     return x, w, _rows(grad).sum(0).to(ctx.bias) if need_b else None
 
 
 _linear.register_autograd(_linear_backward, setup_context=_save_linear)
-
-
-@torch.library.custom_op("qatana::coded_linear_gradients", mutates_args=())
-def _gradients(
-    grad: Tensor, x: Tensor, x_scale: Tensor, x_zero_point: Tensor, w: Tensor, w_scale: Tensor,
-    need_x: bool, need_w: bool, reduced: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """d x_hat (*batch, K) and d w_hat (N, K), float32; empty where not needed."""
-    rows, codes = _rows(grad), _rows(x)
-    none = torch.empty(0, device=grad.device)
-    compute = _in_bfloat16 if reduced else _in_float32
-    d_x, d_w = compute(rows, codes, x_scale, x_zero_point, w, w_scale, need_x, need_w)
-    return none if d_x is None else d_x.view(x.shape), none if d_w is None else d_w
-
-
-@_gradients.register_fake
-def _(grad, x, x_scale, x_zero_point, w, w_scale, need_x, need_w, reduced):
-    empty = {"dtype": torch.float32, "device": grad.device}
-    return torch.empty(x.shape if need_x else 0, **empty), torch.empty(w.shape if need_w else 0, **empty)
-
-
-def _in_float32(grad, x, x_scale, x_zero_point, w, w_scale, need_x: bool, need_w: bool):
-    d_x = d_w = None
-    if need_x:
-        w_hat = buffer("operand", w.shape, torch.float32, w.device)
-        _decode_weight(w, w_scale, w_hat)
-        d_x = float_product(grad, w_hat)
-    if need_w:
-        x_hat = buffer("operand", x.shape, torch.float32, x.device)
-        sweep(decoded, [x_hat], [x, *_of_rows(x_scale, x_zero_point)])
-        d_w = float_product(grad.t(), x_hat)
-    return d_x, d_w
-
-
-def _decode_weight(w: Tensor, scale: Tensor, out: Tensor) -> None:
-    """w_hat (N, K), a scale for each row or block of a row, or one for all."""
-    shape = (scale.numel(), -1) if scale.numel() >= w.shape[0] else w.shape
-    sweep(decoded, [out.view(shape)], [w.view(shape), scale.reshape(-1, 1), None])
-
-
-def _of_rows(scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor | None]:
-    """An input's scale and zero point as they go with its rows; inputs with a scale for each have zero point 0."""
-    return (scale.reshape(-1, 1), None) if scale.ndim else (scale, zero_point)
-
-
-def float_product(a: Tensor, b: Tensor) -> Tensor:
-    """a b in float32, by the faster library of this processor.   a (M, K) and b (K, N) of any strides."""
-    if (
-        a.device.type == "cpu"
-        and onednn_leads()
-        and torch.backends.mkldnn.is_available()
-        and min(*a.shape, *b.shape) > 0
-    ):
-        return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
-    return torch.mm(a, b)
-
-
-def _in_bfloat16(grad, x, x_scale, x_zero_point, w, w_scale, need_x: bool, need_w: bool):
-    """Codes are exact in bfloat16: scales stay outside of the products, all but those of blocks."""
-    d_x = d_w = None
-    blocks, (rows, zero_point) = w_scale.numel() > w.shape[0], _of_rows(x_scale, x_zero_point)
-    scaled, plain = (buffer(name, grad.shape, torch.bfloat16, grad.device) for name in ("scaled", "gradient"))
-    sweep(rounded, [scaled, plain], [grad, None if blocks else w_scale.reshape(1, -1), rows if x_scale.ndim else None])
-    if need_x:
-        levels = buffer("operand", w.shape, torch.bfloat16, w.device)
-        _decode_weight(w, w_scale, levels) if blocks else sweep(decoded, [levels], [w, None, None])
-        d_x = _to_float32(torch.mm(scaled, levels, out=buffer("product", x.shape, torch.bfloat16, x.device)))
-    if need_w:
-        levels = buffer("operand", x.shape, torch.bfloat16, x.device)
-        sweep(decoded, [levels], [x, None, zero_point])
-        out = buffer("product", w.shape, torch.bfloat16, w.device)
-        d_w = _to_float32(torch.mm(plain.t(), levels, out=out))
-        d_w = d_w if x_scale.ndim else d_w.mul_(x_scale)
-    return d_x, d_w
-
-
-def rounded(grad: Tensor, columns: Tensor | None, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """dy times scales of columns, and times scales of rows. Both are written in bfloat16."""
-    return grad if columns is None else grad * columns, grad if rows is None else grad * rows
-
-
-def _to_float32(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=torch.float32, device=x.device).copy_(x)
 
 
 # -- requantized outputs -------------------------------------------------------------------------------------------------
@@ -326,11 +236,12 @@ def _levels(
     levels = arithmetic.linear_levels(shaped, s32, term, y, x_zero_point).view(acc.shape)
     if not mask:
         return (levels * y_scale,)
-    return levels * y_scale, is_inside(arithmetic.linear(acc, s32, term), y)
+    return levels * y_scale, is_inside(arithmetic.linear(acc, s32, term), y).to(torch.int32)
 
 
 def is_inside(value: Tensor, y: Affine) -> Tensor:
-    """Where the real output `value`, rounded, is in the range of y."""
+    """Where the real output `value`, rounded, is in the range of y. What is written as bytes goes by way of int32: compiled loops turn
+    bools into bytes one by one, ten times slower."""
     rounded = torch.round(value / y.scale).add_(y.zero_point)
     return rounded.eq(rounded.clamp(y.lo, y.hi))
 

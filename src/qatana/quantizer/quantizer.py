@@ -30,7 +30,8 @@ class Quantizer(nn.Module):
     name    full name in the model ("encoder.layer.0.attention.self.query.input"): what `plan`, `verify` and errors say
     State: scale float32 (a parameter if learned), zero_point float32 integers, calibrated bool, range.*; held.* of schemes whose parameters
     are more than a scale, solved for at calibration and kept.
-    `enabled` quantizes, `observing` takes part in calibration; both are switches of the training schedule, not state.
+    `enabled` quantizes, `observing` takes part in calibration, `following` observes batches of training alone, not of an evaluation between
+    its steps; all are switches of the training schedule, not state.
     `lifted`: an asymmetric zero point stays above the lowest code, as some engines' formulas want (Target.lifted).
     `tap`, if set, is called with (name, codes) for each tensor quantized: verification listens there."""
 
@@ -49,7 +50,7 @@ class Quantizer(nn.Module):
         dynamic_activation = scheme.scale == "dynamic" and not self.is_weight
         scale_shape = () if shape is None or scheme.holds else scheme.granularity.scale_shape(shape)
         self.by_rows = goes_by_rows(scheme, self.is_weight)
-        self.enabled, self.observing = False, False
+        self.enabled, self.observing, self.following = False, False, False
         self.lifted = False
         self.tap: Callable[[str, Tensor], None] | None = None
         self._last: tuple[weakref.ref[Tensor], tuple[int, ...], Coded] | None = None
@@ -85,7 +86,7 @@ class Quantizer(nn.Module):
         """Take one batch of an activation into account (no effect on weights and on fixed or dynamic scales). Gradient checkpointing runs
         a forward pass again inside the backward pass: the same batch does not count twice."""
         inside_backward = torch._C._current_graph_task_id() != -1  # what torch.utils.checkpoint itself asks
-        if self.range is not None and not inside_backward:
+        if self.range is not None and not inside_backward and (self.training or not self.following):
             self.range.update(x, self.name)
 
     @torch.no_grad()

@@ -185,7 +185,7 @@ class Controller:
         followed = set(self._followed()) if self.observing else set()
         for quantizer in self._quantizers.values():
             quantizer.enabled = self.quantizing
-            quantizer.observing = quantizer in followed
+            quantizer.observing = quantizer.following = quantizer in followed
         for module in self.model.modules():
             if isinstance(module, Conv):
                 module.freeze_batch_norm = self.batch_norm_frozen

@@ -180,11 +180,10 @@ def both(function: Callable[[], tuple[list[Tensor], list[Tensor]]]) -> tuple[tup
     found = []
     for wanted in (False, True):
         torch.manual_seed(0)
-        before = sum(loop is not None for loop in fused._loops.values())
         with fused.compiled(wanted):
             found.append(function())
             assert fused._state["asked"] == wanted  # a failure to compile turns it off
-    assert sum(loop is not None for loop in fused._loops.values()) >= before
+    assert any(loop is not None for loop in fused._loops.values())
     return tuple(found)
 
 

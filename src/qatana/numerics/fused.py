@@ -101,9 +101,9 @@ def _ran(
     try:
         with torch.no_grad():
             loop(list(outs), list(ins))
-    except (
-        Exception
-    ) as error:  # whatever the compiler or its tool chain stumbles over: the result can be had without it
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the compiler stumbles over: the result can be had without it
         _state["asked"] = False
         warnings.warn(
             f"torch.compile failed on {function.__name__} ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]}); "

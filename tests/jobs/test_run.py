@@ -157,6 +157,22 @@ def test_a_stage_that_fails_is_not_done(tmp_path: Path) -> None:
     assert Stages(tmp_path, Progress()).run("one", {}, lambda scratch: 2).result == 2
 
 
+def test_judging_on_another_part_of_the_test_data_trains_nothing_again(tmp_path: Path) -> None:
+    job = image_job(tmp_path)
+    folder, section = tmp_path / "run", job.recipes[0]
+
+    def judged(limit: int) -> tuple[bool, bool, int]:
+        other = job.model_copy(update={"evaluation": job.evaluation.model_copy(update={"limit": limit})})
+        run = Run(other, folder, 0, Progress())
+        model = run.ptq(section)
+        found = run.evaluate("float", "torch", run.float_(), lambda: TorchRunner(run.float_model()))
+        return model.skipped, found.skipped, found.result["rows"]
+
+    assert judged(12) == (False, False, 12)
+    assert judged(20) == (True, False, 20)
+    assert judged(20) == (True, True, 20)
+
+
 # --- single stages, text and image tasks --------------------------------------------------------------------------
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -43,6 +45,27 @@ def test_a_kernel_is_exact_wherever_it_is_taken(shape: tuple[int, int, int], ker
     with prefer(kernel):
         found = integer_sum(a, b)
     assert torch.equal(found.to(torch.int64), a.long() @ b.long().t())
+
+
+def layouts(rows: int, columns: int) -> dict[str, Tensor]:
+    """The same shape in memory of every kind."""
+    return {
+        "plain": codes(rows, columns),
+        "transposed": codes(columns, rows).t(),
+        "columns of more": codes(rows, columns + 3)[:, 1 : columns + 1],
+        "every other row": codes(2 * rows, columns)[::2],
+        "every other column": codes(rows, 2 * columns)[:, ::2],
+        "part of a transposed one": codes(columns + 3, rows + 2).t()[1 : rows + 1, 1 : columns + 1],
+    }
+
+
+@pytest.mark.parametrize("m", [1, 2, 5])
+@pytest.mark.parametrize("n", [1, 3, 64])
+@pytest.mark.parametrize("k", [1, 2, 7, 64])
+def test_one_row_or_column_of_any_strides(m: int, n: int, k: int) -> None:
+    """torch 2.13's _int_mm is wrong for 150 of 1,764 such pairs, silently: those with a dimension of 1 and the strides of the other kind."""
+    for a, b in itertools.product(layouts(m, k).values(), layouts(n, k).values()):
+        assert torch.equal(integer_sum(a, b).long(), a.long() @ b.long().t())
 
 
 def test_strides_do_not_matter() -> None:

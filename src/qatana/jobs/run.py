@@ -46,7 +46,7 @@ class Run:
 
     @cached_property
     def _start(self) -> dict[str, Any]:
-        """What the whole run depends on."""
+        """What every model of the run depends on."""
         model = self.job.model
         where = model.rpartition(":")[0] if ".py:" in model else model
         found = resolve_path(self.job.path(where))
@@ -54,7 +54,7 @@ class Run:
         return {
             "model": [model, self.job.model_options, _files_digest(found)],
             "weights": _files_digest(resolve_path(self.job.path(weights))) if weights else None,
-            "data": self.task.fingerprint,
+            "data": self.task.trained_on,
             "seed": self.seed,
         }
 
@@ -239,7 +239,7 @@ class Run:
             save_tensors(found, self.folder / f"predictions/{stem}.safetensors")
             return self.task.score(found)
 
-        inputs = {"source": source, "data": self.task.fingerprint, "batch_size": evaluation.batch_size}
+        inputs = {"source": source, "data": self.task.judged_on, "batch_size": evaluation.batch_size}
         files = [f"predictions/{stem}.safetensors"]
         return self.stages.run(f"evaluate.{stem}", inputs, work, files, f"evaluate {name} in {engine}")
 

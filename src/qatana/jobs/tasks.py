@@ -36,7 +36,10 @@ class Task(ABC):
     shown: ClassVar[dict[str, Any]] = {}
     """How a report shows the metric, where it is no points of which more is better"""
     classes: list[str]
-    fingerprint: str
+    trained_on: str
+    """sha256 of what models are trained and calibrated on"""
+    judged_on: str
+    """sha256 of the test part, as far as it is used"""
 
     @abstractmethod
     def train(self, batch_size: int, seed: int) -> Any:
@@ -133,7 +136,8 @@ class TokenTask(_Encoded):
         self.train_data = text.encode_words(tokenizer, train, self.classes, data.max_length)
         self.test_data = text.encode_words(tokenizer, test, self.classes, data.max_length)
         self.pad_to_multiple = data.pad_to_multiple
-        self.fingerprint = _digest(self.train_data.ids, self.train_data.labels, self.test_data.ids, self.gold)
+        self.trained_on = _digest(self.train_data.ids, self.train_data.labels, self.classes)
+        self.judged_on = _digest(self.test_data.ids, self.gold)
 
     def gather(self, parts: Sequence[Predictions], batch_size: int) -> Predictions:
         picked = [part["labels"] for part in parts]
@@ -166,9 +170,8 @@ class TextTask(_Encoded):
         self.train_data = text.encode_texts(tokenizer, train, self.classes, data.max_length)
         self.test_data = text.encode_texts(tokenizer, test, self.classes, data.max_length)
         self.pad_to_multiple = data.pad_to_multiple
-        self.fingerprint = _digest(
-            self.train_data.ids, self.train_data.labels, self.test_data.ids, self.test_data.labels
-        )
+        self.trained_on = _digest(self.train_data.ids, self.train_data.labels, self.classes)
+        self.judged_on = _digest(self.test_data.ids, self.test_data.labels)
 
     def gather(self, parts: Sequence[Predictions], batch_size: int) -> Predictions:
         rows = torch.tensor([row for batch in self.test(batch_size).rows(0) for row in batch])
@@ -186,8 +189,9 @@ class ImageTask(Task):
     def __init__(self, job: Job, data: ImageData) -> None:
         self.data = images.load_images(job.path(data.source))
         self.classes, self.augment, self.limit = list(self.data.classes), data.augment, job.evaluation.limit
-        parts = (self.data.train_x, self.data.train_y, self.data.test_x[: self.limit], self.data.test_y[: self.limit])
-        self.fingerprint = _digest(*parts, self.data.mean, self.data.std)
+        how = (self.data.mean, self.data.std)
+        self.trained_on = _digest(self.data.train_x, self.data.train_y, *how)
+        self.judged_on = _digest(self.data.test_x[: self.limit], self.data.test_y[: self.limit], *how)
 
     def train(self, batch_size: int, seed: int) -> images.ImageBatches:
         return images.ImageBatches(self.data, "train", batch_size, augment=self.augment, seed=seed)
@@ -224,7 +228,7 @@ class LanguageTask(Task):
         self.train_rows, test = (language.blocks(tokenizer, p, size) for p, size in zip(paths, sizes, strict=True))
         self.test_rows = test[_limited(list(range(len(test))), job.evaluation.limit)]
         self.classes = []
-        self.fingerprint = _digest(self.train_rows, self.test_rows, sizes)
+        self.trained_on, self.judged_on = _digest(self.train_rows), _digest(self.test_rows)
 
     def train(self, batch_size: int, seed: int) -> language.Blocks:
         return language.Blocks(self.train_rows, batch_size, seed=seed)

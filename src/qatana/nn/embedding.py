@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qatana.numerics import Scheme, levels
+from qatana.numerics.table import table_rows
 from qatana.quantizer import Quantizer
 
 
@@ -25,7 +26,7 @@ class Embedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}"
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows = F.embedding(ids, self.weight, self.padding_idx)
+        rows = table_rows(self.weight, ids, self.padding_idx)
         quantizer = self.weight_quantizer
         if quantizer is None or not quantizer.enabled:
             return rows

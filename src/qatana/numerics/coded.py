@@ -296,10 +296,24 @@ def encode_rows(x: Tensor, scheme: Scheme) -> Coded:
     return Coded(hat, codes, used, torch.zeros_like(used), scheme.integer, scheme.zero_point)
 
 
+@torch.library.custom_op("qatana::encode_weight_again", mutates_args=())
+def _encode_again(w: Tensor, scale: Tensor, scheme: str) -> Tensor:
+    found = _scheme(scheme)
+    stack, dims = stack_of(w.contiguous(), found), found.granularity.stack_dims()
+    codes = torch.empty(stack.shape, dtype=torch.int8, device=w.device)
+    p = parameters_of(found, scale, torch.full_like(scale, found.zero_point))
+    sweep(_weight_codes, [codes], [stack, *p], found.integer_grid, dims, False, False)
+    return found.granularity.unview(codes, w.shape)
+
+
+@_encode_again.register_fake
+def _(w, scale, scheme):
+    return torch.empty(w.shape, dtype=torch.int8, device=w.device)
+
+
 def encode_again(w: Tensor, scale: Tensor, scheme: str) -> Tensor:
     """The codes that `encode_weight` gave, from the same weight and the scale that it used."""
-    offset = torch.full_like(scale, _scheme(scheme).zero_point)
-    return torch.ops.qatana.encode_weight(w, scale, offset, scheme, True)[1]
+    return _encode_again(w, scale, scheme)
 
 
 # -- both ------------------------------------------------------------------------------------------------------------------

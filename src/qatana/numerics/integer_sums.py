@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qatana.errors import SchemeError, nearest
-from qatana.numerics.pieces import pieces
+from qatana.numerics.fused import sweep
 from qatana.numerics.workspace import buffer
 
 MOST = 128
@@ -27,7 +27,12 @@ EXACT_FLOAT, EXACT_INT = 2**24, 2**31
 
 def _int_mm(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
     out = buffer("sum", (a.shape[0], b.shape[0]), torch.int32, a.device) if out is None else out
-    return torch.ops.aten._int_mm.out(a, b.t(), out=out)
+    return torch.ops.aten._int_mm.out(_plain(a), _plain(b.t()), out=out)
+
+
+def _plain(a: Tensor) -> Tensor:
+    """a; one row or column with the strides of a contiguous tensor: of others torch 2.13 reads wrong numbers, without a word."""
+    return a.reshape(-1).view(a.shape) if 1 in a.shape else a
 
 
 def _bfloat16(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
@@ -120,13 +125,16 @@ def exact_float(total: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def row_sums(codes: Tensor) -> Tensor:
-    """Exact sums over all dimensions but the first, float64 (N,). In pieces: a float copy of the whole would cost more than the sum."""
+    """Exact sums over all dimensions but the first, float64 (N,)."""
     flat = codes.flatten(1)
-    dtype = torch.float32 if flat.shape[1] * MOST < EXACT_FLOAT else torch.float64
-    out = torch.empty(flat.shape[0], dtype=torch.float64, device=codes.device)
-    for piece in pieces(flat):
-        out[piece] = flat[piece].to(dtype).sum(1)
-    return out
+    dtype = torch.int32 if flat.shape[1] * MOST < EXACT_INT else torch.int64
+    out = torch.empty((flat.shape[0], 1), dtype=dtype, device=codes.device)
+    sweep(_row_sum, [out], [flat], dtype)
+    return out.view(-1).double()
+
+
+def _row_sum(codes: Tensor, dtype: torch.dtype) -> tuple[Tensor]:
+    return (codes.sum(-1, keepdim=True, dtype=dtype),)
 
 
 # -- convolutions ---------------------------------------------------------------------------------------------------------

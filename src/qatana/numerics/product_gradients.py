@@ -1,6 +1,6 @@
 """Gradients of products of codes, read from the codes: in float32, or in bfloat16 where autocast asks for it.
 
-d x_hat = dy w_hat,  d w_hat = dy^T x_hat        x_hat and w_hat lie in buffers that are used again"""
+d x_hat = dy w_hat,  d w_hat = dy^T x_hat        from the codes themselves (`split_products`), or x_hat and w_hat in buffers used again"""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qatana.hardware import onednn_leads
+from qatana.numerics import split_products
 from qatana.numerics.coded import decoded
 from qatana.numerics.fused import sweep
 from qatana.numerics.workspace import buffer
@@ -40,12 +41,18 @@ def _(grad, x, x_scale, x_zero_point, w, w_scale, need_x, need_w, reduced):
 
 def _in_float32(grad, x, x_scale, x_zero_point, w, w_scale, need_x: bool, need_w: bool):
     d_x = d_w = None
-    if need_x:
-        w_hat = buffer("operand", w.shape, torch.float32, w.device)
+    (rows, inner), outputs, device = x.shape, w.shape[0], x.device
+    if need_x and w_scale.numel() in (1, outputs) and split_products.pays(rows, inner, outputs, device):
+        d_x = split_products.times_codes(grad, w_scale.reshape(1, -1), w)
+    elif need_x:
+        w_hat = buffer("operand", w.shape, torch.float32, device)
         _decode_weight(w, w_scale, w_hat)
         d_x = float_product(grad, w_hat)
-    if need_w:
-        x_hat = buffer("operand", x.shape, torch.float32, x.device)
+    if need_w and split_products.pays(outputs, inner, rows, device):
+        by_row = (x_scale.reshape(-1, 1), None, None) if x_scale.ndim else (None, x_zero_point, x_scale)
+        d_w = split_products.transposed_times_levels(grad, by_row[0], x, *by_row[1:])
+    elif need_w:
+        x_hat = buffer("operand", x.shape, torch.float32, device)
         sweep(decoded, [x_hat], [x, *_of_rows(x_scale, x_zero_point)])
         d_w = float_product(grad.t(), x_hat)
     return d_x, d_w

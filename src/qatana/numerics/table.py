@@ -1,0 +1,57 @@
+"""Rows of a table by their numbers, with a gradient that touches no other row.
+
+    y[s] = table[ids[s]],   d table[i] = sum of dy[s] over ids[s] = i        (torch.nn.functional.embedding)
+Rows that a batch does not use have gradient 0, which is not written: see `workspace.zeros`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qatana.numerics.workspace import zeros
+
+
+@torch.library.custom_op("qatana::table_rows", mutates_args=())
+def _rows(table: Tensor, ids: Tensor, padding: int) -> Tensor:
+    return torch.embedding(table, ids)
+
+
+@_rows.register_fake
+def _(table, ids, padding):
+    return table.new_empty((*ids.shape, table.shape[1]))
+
+
+@torch.library.custom_op("qatana::table_gradient", mutates_args=())
+def _gradient(grad: Tensor, ids: Tensor, rows: int, padding: int) -> Tensor:
+    if grad.device.type != "cpu" or grad.dtype != torch.float32:
+        return torch.ops.aten.embedding_dense_backward(grad, ids, rows, padding, False)
+    upstream, flat = grad.reshape(-1, grad.shape[-1]), ids.reshape(-1)
+    out = zeros((rows, grad.shape[-1]), grad.device).index_add_(0, flat, upstream)
+    if padding >= 0:
+        out[padding] = 0
+    return out
+
+
+@_gradient.register_fake
+def _(grad, ids, rows, padding):
+    return grad.new_empty((rows, grad.shape[-1]))
+
+
+def _save(ctx, inputs, output) -> None:
+    table, ids, ctx.padding = inputs
+    ctx.rows = table.shape[0]
+    ctx.save_for_backward(ids)
+
+
+def _backward(ctx, grad: Tensor):
+    return torch.ops.qatana.table_gradient(grad, ctx.saved_tensors[0], ctx.rows, ctx.padding), None, None
+
+
+_rows.register_autograd(_backward, setup_context=_save)
+
+
+def table_rows(table: Tensor, ids: Tensor, padding_idx: int | None = None) -> Tensor:
+    """table[ids] (*shape, D).   table (N, D), ids (*shape) int64. Row `padding_idx` gets no gradient (negative: from the end).
+
+    Raises: IndexError for ids outside the table."""
+    return _rows(table, ids, -1 if padding_idx is None else padding_idx % table.shape[0])

@@ -1,0 +1,51 @@
+"""Rows of a table: torch's embedding, forward and backward, and memory that is not touched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qatana.numerics import workspace
+from qatana.numerics.table import table_rows
+
+
+@pytest.mark.parametrize("padding", [None, 3, -1])
+@pytest.mark.parametrize("rows", [7, 3000], ids=["small", "from the system"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_embedding(padding: int | None, rows: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    table = torch.randn(rows, 512, dtype=dtype).requires_grad_()
+    ids = torch.randint(0, rows, (2, 9))
+    ids[0, :2], ids[1, 0] = 3, rows - 1
+    upstream = torch.randn(2, 9, 512, dtype=dtype)
+    found, expected = table_rows(table, ids, padding), F.embedding(ids, table, padding)
+    assert torch.equal(found, expected)
+    ours, theirs = (torch.autograd.grad(y, table, upstream)[0] for y in (found, expected))
+    assert torch.equal(ours, theirs)
+
+
+def test_ids_outside_and_no_ids() -> None:
+    table = torch.randn(5, 4, requires_grad=True)
+    with pytest.raises(IndexError):
+        table_rows(table, torch.tensor([5]))
+    table_rows(table, torch.empty(0, dtype=torch.int64)).sum().backward()
+    assert table.grad is not None
+    assert torch.equal(table.grad, torch.zeros(5, 4))
+
+
+def test_zeros_are_zeros_of_their_own() -> None:
+    """Each call gives new memory, which can be written, added to and saved, and goes when the tensor goes."""
+    shape = (1 << 12, 1 << 10)
+    a = workspace.zeros(shape, torch.device("cpu"))
+    a += 1
+    b = workspace.zeros(shape, torch.device("cpu"))
+    assert float(a.sum()) == a.numel()
+    assert float(b.abs().max()) == 0
+    del a
+    assert not workspace.zeros(shape, torch.device("cpu")).any()
+
+
+def test_operator_is_proper() -> None:
+    table, ids = torch.randn(6, 4, requires_grad=True), torch.tensor([[1, 2], [5, 1]])
+    torch.library.opcheck(torch.ops.qatana.table_rows.default, (table, ids, -1))

@@ -57,12 +57,25 @@ def test_same_gradients_and_a_third_of_the_memory(target: str, monkeypatch: pyte
     assert full - lean == 3 * 128 * 256 * 4
 
 
-def test_a_change_in_place_is_noticed() -> None:
+def test_a_weight_changed_between_the_passes_changes_nothing() -> None:
+    """The gradient is that of what the forward pass multiplied: its codes, which are kept."""
     model, x = prepared()
+    expected = gradients(model, x)
+    model.zero_grad()
     loss = model(x).square().mean()
     with torch.no_grad():
         model.get_parameter("gate.weight").mul_(2)
-    with pytest.raises(RuntimeError, match=r"modified.*in place"):
+    loss.backward()
+    found = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_bias_changed_in_place_is_noticed() -> None:
+    model, x = prepared()
+    loss = model(x).square().mean()
+    with torch.no_grad():
+        model.get_parameter("gate.bias").add_(1)
+    with pytest.raises(RuntimeError, match=r"a bias was modified in place"):
         loss.backward()
 
 

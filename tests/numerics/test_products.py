@@ -338,5 +338,5 @@ def test_operators_are_proper() -> None:
     coded_x, coded_w = encode(x, SCALE, ZERO, ACTIVATION, "onnxruntime"), encode_weight(w, WEIGHT)
     places = torch.zeros(5, 33, requires_grad=True), torch.zeros(20, 33, requires_grad=True)
     head = (places[0], *coded_x[1:4], places[1], coded_w.codes, coded_w.scale)
-    torch.library.opcheck(torch.ops.qatana.coded_linear.default, (*head, None, "", b, "onnxruntime", False))
+    torch.library.opcheck(torch.ops.qatana.coded_linear.default, (*head, b, "onnxruntime", False))
     torch.library.opcheck(torch.ops.qatana.decode.default, (places[0], *coded_x[1:4]))

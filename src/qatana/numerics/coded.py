@@ -34,9 +34,7 @@ class Coded(NamedTuple):
     scale       float32, of the granularity's scale shape; the gradient of a learned one goes through hat
     zero_point  float32 integers of the same shape
     format      the integer format
-    origin      codes + origin are the format's own codes: 128 for unsigned activations, which integer products take as signed
-    source      the float weight, where it is a parameter: it lives anyway, so the backward pass encodes it again instead of keeping codes
-    scheme      of the weight, as text"""
+    origin      codes + origin are the format's own codes: 128 for unsigned activations, which integer products take as signed"""
 
     hat: Tensor
     codes: Tensor
@@ -44,8 +42,6 @@ class Coded(NamedTuple):
     zero_point: Tensor
     format: IntFormat
     origin: int
-    source: Tensor | None = None
-    scheme: str = ""
 
     def levels(self) -> Tensor:
         """codes - zero_point, float32: a new tensor."""
@@ -286,34 +282,13 @@ def encode_weight(w: Tensor, scheme: Scheme, scale: Tensor | None = None, zero_p
         raise SchemeError(f"'{scheme}': a weight in an integer product has zero point 0; use symmetric=True")
     learned = scale is not None and scale.requires_grad
     hat, codes, _, used = _encode_weight(w, scale, zero_point, scheme.text, learned)
-    source = w.detach() if w.is_leaf else None
-    return Coded(hat, codes, used, torch.zeros_like(used), scheme.integer, scheme.zero_point, source, scheme.text)
+    return Coded(hat, codes, used, torch.zeros_like(used), scheme.integer, scheme.zero_point)
 
 
 def encode_rows(x: Tensor, scheme: Scheme) -> Coded:
     """An activation as levels (zero point 0), with a scale for each row, from its values.   x (*batch, K) of any float dtype."""
     hat, codes, _, used = _encode_weight(x, None, None, scheme.text, False)
     return Coded(hat, codes, used, torch.zeros_like(used), scheme.integer, scheme.zero_point)
-
-
-@torch.library.custom_op("qatana::encode_weight_again", mutates_args=())
-def _encode_again(w: Tensor, scale: Tensor, scheme: str) -> Tensor:
-    found = _scheme(scheme)
-    stack, dims = stack_of(w.contiguous(), found), found.granularity.stack_dims()
-    codes = torch.empty(stack.shape, dtype=torch.int8, device=w.device)
-    p = parameters_of(found, scale, torch.full_like(scale, found.zero_point))
-    sweep(_weight_codes, [codes], [stack, *p], found.integer_grid, dims, False, False)
-    return found.granularity.unview(codes, w.shape)
-
-
-@_encode_again.register_fake
-def _(w, scale, scheme):
-    return torch.empty(w.shape, dtype=torch.int8, device=w.device)
-
-
-def encode_again(w: Tensor, scale: Tensor, scheme: str) -> Tensor:
-    """The codes that `encode_weight` gave, from the same weight and the scale that it used."""
-    return _encode_again(w, scale, scheme)
 
 
 # -- both ------------------------------------------------------------------------------------------------------------------

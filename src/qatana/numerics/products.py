@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qatana.numerics.coded import Coded, encode_again, masked
+from qatana.numerics.coded import Coded, masked
 from qatana.numerics.engine import Affine, Engine
 from qatana.numerics.engines import engine as engine_named
 from qatana.numerics.fused import sweep
@@ -60,24 +60,21 @@ def linear(x: Coded, w: Coded, bias: Tensor | None, engine: str) -> Tensor:
 
 def linear_of_levels(x: Coded, w: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """`linear` by the formula of `ROWS` with a weight that is levels already: int8 (N, K), scale (N,) or (N, blocks)."""
-    return _linear(x.hat, x.codes, x.scale, x.zero_point, w, w, scale, None, "", bias, ROWS, False)
+    return _linear(x.hat, x.codes, x.scale, x.zero_point, w, w, scale, bias, ROWS, False)
 
 
 def linear_again(x: Coded, w: Coded, bias: Tensor | None, engine: str) -> Callable[[], Tensor]:
     """What computes `linear`'s output once more, bit for bit, and keeps nothing that its backward pass does not keep.
 
-    Raises, when called: RuntimeError if the weight or the bias has changed since."""
-    given = [t for t in (w.source, bias) if t is not None]
-    versions = [t._version for t in given]
-    x_head, w_codes = (x.codes, x.scale, x.zero_point), None if w.source is not None else w.codes
-    scale, source, scheme = w.scale, w.source, w.scheme
+    Raises, when called: RuntimeError if the bias has changed since."""
+    version = None if bias is None else bias._version
+    head = (x.codes, x.codes, x.scale, x.zero_point, w.codes, w.codes, w.scale)
 
     def compute() -> Tensor:
-        if [t._version for t in given] != versions:
-            raise RuntimeError("a weight or bias was modified in place between the forward and the backward pass")
-        codes = w_codes if source is None else encode_again(source, scale, scheme)
-        assert codes is not None
-        head = (x_head[0], *x_head, codes, codes, scale, None, "")
+        if bias is not None and bias._version != version:
+            raise RuntimeError(
+                "a bias was modified in place between the forward and the backward pass; make the backward pass first"
+            )
         return _linear(*head, None if bias is None else bias.detach(), engine, False)
 
     return compute
@@ -92,7 +89,7 @@ def linear_requantized(x: Coded, w: Coded, bias: Tensor | None, engine: str, y: 
 
 
 def _operands(x: Coded, w: Coded) -> tuple[Any, ...]:
-    return x.hat, x.codes, x.scale, x.zero_point, w.hat, w.codes, w.scale, w.source, w.scheme
+    return x.hat, x.codes, x.scale, x.zero_point, w.hat, w.codes, w.scale
 
 
 def accumulator(x: Tensor, zero_point: Tensor, w: Tensor) -> tuple[Tensor, Tensor | None, bool]:
@@ -130,7 +127,7 @@ def _rows(x: Tensor) -> Tensor:
 @torch.library.custom_op("qatana::coded_linear", mutates_args=())
 def _linear(
     x_hat: Tensor, x: Tensor, x_scale: Tensor, x_zero_point: Tensor, w_hat: Tensor, w: Tensor, w_scale: Tensor,
-    source: Tensor | None, scheme: str, bias: Tensor | None, engine: str, reduced: bool,
+    bias: Tensor | None, engine: str, reduced: bool,
 ) -> Tensor:  # fmt: skip
     with torch.no_grad():
         out = torch.empty((*x.shape[:-1], w.shape[0]), dtype=torch.float32, device=x.device)
@@ -172,29 +169,25 @@ def _outputs(
 
 
 @_linear.register_fake
-def _(x_hat, x, x_scale, x_zero_point, w_hat, w, w_scale, source, scheme, bias, engine, reduced):
+def _(x_hat, x, x_scale, x_zero_point, w_hat, w, w_scale, bias, engine, reduced):
     return torch.empty((*x.shape[:-1], w.shape[0]), dtype=torch.float32, device=x.device)
 
 
 def _save_linear(ctx, inputs, output) -> None:
-    _, x, x_scale, x_zero_point, _, w, w_scale, source, ctx.scheme, bias, _, ctx.reduced = inputs
-    ctx.bias, ctx.encoded = None if bias is None else bias.dtype, source is None
-    ctx.save_for_backward(x, x_scale, x_zero_point, w if source is None else source, w_scale)
+    _, *head, bias, _, ctx.reduced = inputs
+    ctx.bias = None if bias is None else bias.dtype
+    ctx.save_for_backward(*head[:3], *head[4:])
 
 
 def _linear_backward(ctx, grad: Tensor):
-    x, w, bias = _operand_gradients(ctx, grad, _encoded(ctx, *ctx.saved_tensors))
-    return x, None, None, None, w, None, None, None, None, bias, None, None
-
-
-def _encoded(ctx, x: Tensor, x_scale: Tensor, x_zero_point: Tensor, w: Tensor, w_scale: Tensor) -> tuple[Tensor, ...]:
-    return x, x_scale, x_zero_point, w if ctx.encoded else encode_again(w, w_scale, ctx.scheme), w_scale
+    x, w, bias = _operand_gradients(ctx, grad, ctx.saved_tensors)
+    return x, None, None, None, w, None, None, bias, None, None
 
 
 def _operand_gradients(
     ctx, grad: Tensor, head: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    need_x, need_w, need_b = (ctx.needs_input_grad[i] for i in (0, 4, 9))
+    need_x, need_w, need_b = (ctx.needs_input_grad[i] for i in (0, 4, 7))
     found = linear_gradients(grad, *head, need_x, need_w, ctx.reduced)
     x, w = (g if need else None for g, need in zip(found, (need_x, need_w), strict=True))
     return x, w, _rows(grad).sum(0).to(ctx.bias) if need_b else None
@@ -207,7 +200,7 @@ _linear.register_autograd(_linear_backward, setup_context=_save_linear)
 @torch.library.custom_op("qatana::coded_linear_requantized", mutates_args=())
 def _linear_requantized(
     x_hat: Tensor, x: Tensor, x_scale: Tensor, x_zero_point: Tensor, w_hat: Tensor, w: Tensor, w_scale: Tensor,
-    source: Tensor | None, scheme: str, bias: Tensor | None, engine: str,
+    bias: Tensor | None, engine: str,
     y_scale: Tensor, y_zero_point: Tensor, lo: int, hi: int, origin: int,
     learned: bool, reduced: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -247,7 +240,7 @@ def is_inside(value: Tensor, y: Affine) -> Tensor:
 
 
 @_linear_requantized.register_fake
-def _(x_hat, x, x_scale, x_zero_point, w_hat, w, w_scale, source, scheme, bias, engine,
+def _(x_hat, x, x_scale, x_zero_point, w_hat, w, w_scale, bias, engine,
       y_scale, y_zero_point, lo, hi, origin, learned, reduced):  # fmt: skip
     shape = (*x.shape[:-1], w.shape[0])
     count = 0 if learned else length(math.prod(shape))
@@ -258,21 +251,21 @@ def _(x_hat, x, x_scale, x_zero_point, w_hat, w, w_scale, source, scheme, bias, 
 
 
 def _save_requantized(ctx, inputs, output) -> None:
-    (_, x, x_scale, x_zero_point, _, w, w_scale, source, ctx.scheme, bias, ctx.engine,
+    (_, x, x_scale, x_zero_point, _, w, w_scale, bias, ctx.engine,
      y_scale, y_zero_point, ctx.lo, ctx.hi, _, ctx.learned,
      ctx.reduced) = inputs  # fmt: skip
-    ctx.bias, ctx.encoded, ctx.order = None if bias is None else bias.dtype, source is None, list(range(x.ndim))
+    ctx.bias, ctx.order = None if bias is None else bias.dtype, list(range(x.ndim))
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     more = (bias, y_scale, y_zero_point) if ctx.learned else (output[1],)
-    ctx.save_for_backward(x, x_scale, x_zero_point, w if source is None else source, w_scale, *more)
+    ctx.save_for_backward(x, x_scale, x_zero_point, w, w_scale, *more)
 
 
 def _requantized_backward(ctx, grad: Tensor | None, _: Tensor | None):
     if grad is None:
-        return (None,) * 18
+        return (None,) * 16
     saved = ctx.saved_tensors  # once: gradient checkpointing unpacks each tensor a single time
-    head, more, d_scale = _encoded(ctx, *saved[:5]), saved[5:], None
+    head, more, d_scale = saved[:5], saved[5:], None
     if ctx.learned:
         bounds = (ctx.engine, more[1], more[2], ctx.lo, ctx.hi)
         grad, d_scale = torch.ops.qatana.coded_linear_clipped(grad, *head, more[0], *bounds)
@@ -280,7 +273,7 @@ def _requantized_backward(ctx, grad: Tensor | None, _: Tensor | None):
         grad = masked(grad, more[0], ctx.order)
     assert grad is not None
     x, w, bias = _operand_gradients(ctx, grad, head)
-    return x, None, None, None, w, None, None, None, None, bias, None, d_scale, *(None,) * 6
+    return x, None, None, None, w, None, None, bias, None, d_scale, *(None,) * 6
 
 
 _linear_requantized.register_autograd(_requantized_backward, setup_context=_save_requantized)

@@ -25,11 +25,11 @@ def _(table, ids, padding):
 def _gradient(grad: Tensor, ids: Tensor, rows: int, padding: int) -> Tensor:
     if grad.device.type != "cpu" or grad.dtype != torch.float32:
         return torch.ops.aten.embedding_dense_backward(grad, ids, rows, padding, False)
-    upstream, flat = grad.reshape(-1, grad.shape[-1]), ids.reshape(-1)
-    out = zeros((rows, grad.shape[-1]), grad.device).index_add_(0, flat, upstream)
+    used, place = ids.unique(return_inverse=True)
+    found = torch.ops.aten.embedding_dense_backward(grad, place, len(used), -1, False)
     if padding >= 0:
-        out[padding] = 0
-    return out
+        found[used == padding] = 0
+    return zeros((rows, grad.shape[-1]), grad.device).index_copy_(0, used, found)
 
 
 @_gradient.register_fake

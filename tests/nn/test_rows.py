@@ -56,7 +56,7 @@ def test_other_dtypes_and_small_groups_multiply_floats() -> None:
 
 
 def test_codes_are_what_is_kept() -> None:
-    """Between the passes live the codes of input and weight, 1 byte each, scales, and a bit for each weight that its static range may clip."""
+    """Between the passes live the codes of input and weight, 1 byte each, scales, and a bit for each weight that may be clipped."""
     x = torch.randn(64, 128, requires_grad=True)
     model = prepared("int4/group64", x.detach())
     own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}

@@ -45,7 +45,7 @@ def times_codes(g: Tensor, columns: Tensor | None, codes: Tensor) -> Tensor:
     sweep(_largest, [most], [g, columns])
     sums = [integer_sum(digit, codes.t(), total) for digit, total in _digits(g, columns, most, codes.shape[1])]
     out = torch.empty((g.shape[0], codes.shape[1]), dtype=torch.float32, device=g.device)
-    sweep(_joined, [out], [*sums, *(None,) * 4, most / LARGEST])
+    sweep(_joined, [out], [*sums, *(None,) * 3, most / LARGEST])
     return out
 
 
@@ -58,12 +58,12 @@ def transposed_times_levels(
     most = torch.maximum(g.amax(0), -g.amin(0)).clamp_(min=SMALLEST)
     found = _digits(g, None, most.view(1, -1), codes.shape[1], transposed=True)
     sums = [integer_sum(digit.t(), codes.t(), total) for digit, total in found]
-    shift: list[Tensor | None] = [None] * 4
+    shift: list[Tensor | None] = [None] * 3
     if zero_point is not None and bool(zero_point != 0):
         ones = torch.ones(
             (1, g.shape[0]), dtype=torch.int8, device=g.device
         )  # torch sums columns of int8 ten times slower
-        shift = [*(integer_sum(ones, digit.t()).view(-1, 1).clone() for digit, _ in found), zero_point.to(torch.int32)]
+        shift = [integer_sum(ones, digit.t()).view(-1, 1) * zero_point.to(torch.int32) for digit, _ in found]
     most = most if scale is None else most * scale
     out = torch.empty((g.shape[1], codes.shape[1]), dtype=torch.float32, device=g.device)
     sweep(_joined, [out], [*sums, *shift, most.view(-1, 1) / LARGEST])
@@ -97,10 +97,15 @@ def _split(g: Tensor, columns: Tensor | None, most: Tensor) -> tuple[Tensor, ...
 
 
 def _joined(
-    a: Tensor, b: Tensor, c: Tensor,
-    sum_a: Tensor | None, sum_b: Tensor | None, sum_c: Tensor | None, zero_point: Tensor | None, scale: Tensor,
-) -> tuple[Tensor]:  # fmt: skip
-    """The product from the sums of its digits; sum_*: of the digits alone, which a zero point goes with, exactly."""
-    if zero_point is not None:
-        a, b, c = a - sum_a * zero_point, b - sum_b * zero_point, c - sum_c * zero_point
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    shift_a: Tensor | None,
+    shift_b: Tensor | None,
+    shift_c: Tensor | None,
+    scale: Tensor,
+) -> tuple[Tensor]:
+    """The product from the sums of its digits. Shifts: what a zero point adds to each, integers too."""
+    if shift_a is not None and shift_b is not None and shift_c is not None:
+        a, b, c = a - shift_a, b - shift_b, c - shift_c
     return ((a.float() * 2.0**16 + b.float() * 2.0**8 + c.float()) * scale,)

@@ -33,8 +33,8 @@ LARGE = 2**22
 
 
 def zeros(shape: Sequence[int], device: torch.device) -> Tensor:
-    """A new float32 tensor of zeros. On Linux the memory of a large one is the system's, which clears it in large pages, and those alone that
-    are written: a table's gradient, of which a batch touches a few rows, takes a quarter of torch.zeros' time or less."""
+    """A new float32 tensor of zeros. On Linux the memory of a large one is the system's, which clears it in large pages, and those alone
+    that are written: a table's gradient, of which a batch touches a few rows, takes a quarter of torch.zeros' time or less."""
     size = math.prod(shape) * torch.float32.itemsize
     if device.type != "cpu" or size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(shape, dtype=torch.float32, device=device)

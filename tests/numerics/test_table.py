@@ -25,6 +25,14 @@ def test_equals_embedding(padding: int | None, rows: int, dtype: torch.dtype) ->
     assert torch.equal(ours, theirs)
 
 
+def test_ids_of_32_bits() -> None:
+    table, ids = torch.randn(6, 4, requires_grad=True), torch.tensor([1, 5, 1], dtype=torch.int32)
+    ours, theirs = (
+        torch.autograd.grad(f(table, ids).sum(), table)[0] for f in (table_rows, lambda t, i: F.embedding(i, t))
+    )
+    assert torch.equal(ours, theirs)
+
+
 def test_ids_outside_and_no_ids() -> None:
     table = torch.randn(5, 4, requires_grad=True)
     with pytest.raises(IndexError):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qatana.errors import DataError
-from qatana.train import distillation_loss
+from qatana.train import distillation_loss, hidden_state_loss
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
@@ -75,3 +75,24 @@ def test_errors() -> None:
         distillation_loss(torch.zeros(2, 3), torch.zeros(2, 3), temperature=0)
     with pytest.raises(DataError, match="one per position"):
         distillation_loss(torch.zeros(2, 3), torch.zeros(2, 3), mask=torch.ones(3))
+
+
+def test_hidden_states_by_layer_and_position() -> None:
+    """|s - t|^2 / |t|^2 in float64, each position by its own size, the mean over layers and the positions that count."""
+    torch.manual_seed(0)
+    teacher = [torch.randn(2, 3, 8) * 10.0**k for k in (0, 3)]
+    student = [(t + 0.1 * torch.randn_like(t)).requires_grad_() for t in teacher]
+    mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
+    loss = hidden_state_loss(student, teacher, mask=mask)
+    noise = [
+        ((s.detach().double() - t) ** 2).sum(-1) / (t.double() ** 2).sum(-1)
+        for s, t in zip(student, teacher, strict=True)
+    ]
+    expected = float((torch.stack(noise).mean(0) * mask).sum() / 4)
+    assert abs(float(loss.detach()) - expected) < 1e-6 * expected, "float32"
+    loss.backward()
+    assert all(s.grad is not None and not s.grad[mask == 0].any() and s.grad[mask == 1].all() for s in student)
+    assert float(hidden_state_loss(teacher, teacher)) == 0.0
+    assert float(hidden_state_loss(student, teacher, mask=torch.zeros(2, 3)).detach()) == 0.0
+    with pytest.raises(DataError, match="hidden states of student and teacher differ: 2 of .* and 1 of"):
+        hidden_state_loss(student, teacher[:1])

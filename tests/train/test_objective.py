@@ -7,9 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from transformers import BertConfig, BertForTokenClassification
 
 from qatana.errors import DataError
+from qatana.train import TrainingError, distillation_loss, hidden_state_loss
 from qatana.train.objective import Objective, find_labels, logits_of, position_mask
+
+TINY = {"vocab_size": 10, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 
 
 def test_labels() -> None:
@@ -54,3 +58,35 @@ def test_the_models_own_loss_is_used_where_it_has_one() -> None:
     assert parts == {}
     mine, _ = Objective(Own(), lambda logits, labels: logits.sum(), None, 0.0, 1.0)(batch, torch.device("cpu"))
     assert float(mine) == 8.0
+
+
+def test_hidden_states_teach_besides_logits() -> None:
+    """loss = d * KL + h * noise, each as its own function gives it; without d the labels' loss stays whole."""
+    torch.manual_seed(0)
+    model = BertForTokenClassification(BertConfig(**TINY)).eval()
+    teacher = BertForTokenClassification(BertConfig(**TINY)).eval()
+    batch = {"input_ids": torch.tensor([[1, 2, 3]]), "labels": torch.tensor([[0, 1, -100]])}
+    with torch.no_grad():
+        outs = [m(input_ids=batch["input_ids"], output_hidden_states=True) for m in (model, teacher)]
+        mask = batch["labels"] != -100
+        noise = hidden_state_loss(*(out.hidden_states[1:] for out in outs), mask=mask)
+        divergence = distillation_loss(*(out.logits for out in outs), mask=mask)
+        task = model(**batch).loss
+    cpu = torch.device("cpu")
+    loss, parts = Objective(model, None, teacher, 1.0, 1.0, 3.0)(batch, cpu)
+    assert torch.equal(loss.detach(), divergence + 3 * noise)
+    assert parts == {"distillation_loss": float(divergence), "hidden_loss": float(noise)}
+    loss, parts = Objective(model, None, teacher, 0.0, 1.0, 0.5)(batch, cpu)
+    assert torch.equal(loss.detach(), task + 0.5 * noise)
+    assert set(parts) == {"task_loss", "hidden_loss"}
+
+
+def test_hidden_states_have_to_be_there() -> None:
+    class Logits(nn.Module):
+        def forward(self, x, output_hidden_states=False):
+            return {"logits": x}
+
+    with pytest.raises(DataError, match="hidden_distillation needs hidden states and dict has none"):
+        Objective(Logits(), None, Logits(), 1.0, 1.0, 1.0)({"x": torch.ones(2, 4)}, torch.device("cpu"))
+    with pytest.raises(TrainingError, match=r"hidden_distillation=1\.0 need a teacher"):
+        Objective(Logits(), None, None, 0.0, 1.0, 1.0)

@@ -134,7 +134,8 @@ class Run:
         def work(scratch: Path) -> Any:
             assert training is not None
             model = self.model(section, PTQ)
-            teacher = self.float_model() if training.distillation else None
+            taught = training.distillation or training.hidden_distillation
+            teacher = self.float_model() if taught else None
             curve = self._fit(model, training, section.batch_size, scratch, f"{section.name} QAT", teacher)
             save_tensors(model.state_dict(), self.folder / self.state_file(section, QAT))
             return {"curve": curve}

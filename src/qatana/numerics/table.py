@@ -29,7 +29,7 @@ def _gradient(grad: Tensor, ids: Tensor, rows: int, padding: int) -> Tensor:
     found = torch.ops.aten.embedding_dense_backward(grad, place, len(used), -1, False)
     if padding >= 0:
         found[used == padding] = 0
-    return zeros((rows, grad.shape[-1]), grad.device).index_copy_(0, used, found)
+    return zeros((rows, grad.shape[-1]), grad.device).index_copy_(0, used.long(), found)
 
 
 @_gradient.register_fake
@@ -51,7 +51,7 @@ _rows.register_autograd(_backward, setup_context=_save)
 
 
 def table_rows(table: Tensor, ids: Tensor, padding_idx: int | None = None) -> Tensor:
-    """table[ids] (*shape, D).   table (N, D), ids (*shape) int64. Row `padding_idx` gets no gradient (negative: from the end).
+    """table[ids] (*shape, D).   table (N, D), ids (*shape) int64 or int32. Row `padding_idx` gets no gradient (negative: from the end).
 
     Raises: IndexError for ids outside the table."""
     return _rows(table, ids, -1 if padding_idx is None else padding_idx % table.shape[0])

@@ -1,7 +1,7 @@
 """Training with quantization in the loop: schedule, groups, distillation, presets, a loop that resumes exactly."""
 
 from qatana.train.controller import Controller
-from qatana.train.distill import distillation_loss
+from qatana.train.distill import distillation_loss, hidden_state_loss
 from qatana.train.failure import TrainingError
 from qatana.train.fit import fit
 from qatana.train.groups import parameter_groups
@@ -16,6 +16,7 @@ __all__ = [
     "TrainingError",
     "distillation_loss",
     "fit",
+    "hidden_state_loss",
     "parameter_groups",
     "preset",
     "training_of",

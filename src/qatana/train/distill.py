@@ -1,7 +1,8 @@
-"""Distillation: the float model teaches the quantized one through its logits."""
+"""Distillation: the float model teaches the quantized one through its logits, and its hidden states."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -78,3 +79,23 @@ def distillation_loss(
         )
     used = mask != 0
     return divergence.masked_fill(~used, 0.0).sum() / used.sum().clamp(min=1) * temperature**2
+
+
+def hidden_state_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], *, mask: Tensor | None = None) -> Tensor:
+    """Mean over layers and unmasked positions of |s - t|^2 / |t|^2, in float32: the share of noise in what each layer hands on.
+
+    Shapes: a tensor (*positions, width) per layer; mask (*positions), nonzero where a position counts. Returns a float32 scalar, 0 if none
+    counts; the teacher gets no gradient. Each position is divided by its own size, since a few are hundreds of times as large as others.
+    Raises: DataError for other numbers of layers or shapes.   Reference: Jiao et al. 2020 (TinyBERT), eq. 8, without its scale."""
+    if [s.shape for s in student] != [t.shape for t in teacher] or not student:
+        raise DataError(
+            f"hidden states of student and teacher differ: {len(student)} of {[tuple(s.shape) for s in student[:1]]} and "
+            f"{len(teacher)} of {[tuple(t.shape) for t in teacher[:1]]}; the teacher is the float model of the student"
+        )
+    used = torch.ones(student[0].shape[:-1], device=student[0].device) if mask is None else (mask != 0).float()
+    noise = [_noise(s.float(), t.detach().float()) for s, t in zip(student, teacher, strict=True)]
+    return (torch.stack(noise).mean(0) * used).sum() / used.sum().clamp(min=1)
+
+
+def _noise(student: Tensor, teacher: Tensor) -> Tensor:
+    return (student - teacher).square().sum(-1) / teacher.square().sum(-1).clamp(min=1e-12)

@@ -43,7 +43,7 @@ def fit(
     loader      an object with epoch(n) -> iterable of batches (and epoch(n, start=k), if it can skip), or an
                 iterable that can be iterated again. A batch is a dict with "labels" or (inputs, labels)
     loss        loss(logits, labels) -> scalar; default: the model's own, else cross entropy
-    teacher     float model for distillation (training.distillation > 0): a deep copy taken before `prepare`
+    teacher     float model for distillation (training.distillation or hidden_distillation above 0): a deep copy taken before `prepare`
     on_step     called with each step's record (see History), after the step
     checkpoint  folder: resumed from if it holds a checkpoint; replaced every training.checkpoint_every steps
                 and after the last
@@ -73,7 +73,9 @@ class Run:
     ) -> None:  # fmt: skip
         self.model, self.loader, self.training, self.folder = model, loader, training, folder
         self.total = training.total_steps(loader)
-        self.objective = Objective(model, loss, teacher, training.distillation, training.temperature)
+        self.objective = Objective(
+            model, loss, teacher, training.distillation, training.temperature, training.hidden_distillation
+        )
         self.teacher, self.device = teacher, next(model.parameters()).device
         self.step = self.epoch = self.batch = 0
         self.history, self.watch = History(), Watch(model)

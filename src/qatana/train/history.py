@@ -14,7 +14,8 @@ class History:
     """records: one dict per step, of plain numbers and text, so that JSON loses nothing.
 
     "step" (from 1), "loss", "lr", "grad_norm" (before clipping), "phase" (of the Controller); "saturation" and
-    "scale_drift" at sampled steps, else None; with distillation also "distillation_loss" and, where it counts, "task_loss"."""
+    "scale_drift" at sampled steps, else None; with distillation also
+    "distillation_loss" and, where they count, "hidden_loss" and "task_loss"."""
 
     records: list[dict[str, Any]] = field(default_factory=list)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qatana.batch import LABELS, move, split_inputs
 from qatana.errors import DataError
-from qatana.train.distill import distillation_loss
+from qatana.train.distill import distillation_loss, hidden_state_loss
 from qatana.train.failure import TrainingError
 
 IGNORE = -100
@@ -20,27 +20,34 @@ Loss = Callable[[Any, Any], Tensor]
 
 
 class Objective:
-    """loss = (1 - d) * task + d * T^2 KL(teacher || student), d and T from the training.
+    """loss = (1 - d) * task + d * T^2 KL(teacher || student) + h * noise of the hidden states; d, T and h from the training.
 
     task  `loss(logits, labels)` if given; else the model's own loss if it takes `labels` (Hugging Face); else
           cross entropy over the last dimension of the logits, label -100 ignored
     With d = 1 the labels are not looked at, but for which positions count.
     The KL is the mean over positions whose label counts, where labels are per position; else over those of the
     attention mask.
-    Raises: TrainingError for a teacher without distillation or the reverse; DataError for missing labels."""
+    Hidden states are those that a Hugging Face model returns with `output_hidden_states`, the embedding's aside.
+    Raises: TrainingError for a teacher without distillation or the reverse; DataError for missing labels or hidden states."""
 
     def __init__(
-        self, model: nn.Module, loss: Loss | None, teacher: nn.Module | None, share: float, temperature: float
+        self,
+        model: nn.Module,
+        loss: Loss | None,
+        teacher: nn.Module | None,
+        share: float,
+        temperature: float,
+        hidden: float = 0.0,
     ) -> None:
-        if (teacher is not None) != (share > 0):
+        if (teacher is not None) != (share > 0 or hidden > 0):
             have = (
                 "a teacher is given but distillation is 0"
                 if teacher is not None
-                else f"distillation={share} needs a teacher"
+                else f"distillation={share}, hidden_distillation={hidden} need a teacher"
             )
             raise TrainingError(f"{have}; give both, e.g. distillation=0.5 and teacher=a deep copy of the float model")
         self.model, self.loss, self.teacher = model, loss, teacher
-        self.share, self.temperature = share, temperature
+        self.share, self.temperature, self.hidden = share, temperature, hidden
         self.takes_labels = loss is None and "labels" in inspect.signature(model.forward).parameters
         self.is_causal = type(model).__name__.endswith("ForCausalLM")
 
@@ -50,6 +57,8 @@ class Objective:
         labels = find_labels(batch, len(args))
         labels = labels.to(device) if isinstance(labels, Tensor) else labels
         taught_alone = self.share == 1  # what the labels say counts for nothing: it is not computed
+        if self.hidden:
+            kwargs |= {"output_hidden_states": True}
         own_loss = self.takes_labels and labels is not None and bool(kwargs) and not taught_alone
         outputs = self.model(*args, **kwargs, labels=labels) if own_loss else self.model(*args, **kwargs)
         logits = logits_of(outputs)
@@ -58,14 +67,18 @@ class Objective:
             assert task is not None
             return task, {}
         with torch.no_grad():
-            taught = logits_of(self.teacher(*args, **kwargs))
+            taught = self.teacher(*args, **kwargs)
         mask = position_mask(logits, labels, kwargs.get("attention_mask"), self.is_causal)
-        divergence = distillation_loss(logits, taught, mask=mask, temperature=self.temperature)
-        parts = {"distillation_loss": float(divergence.detach())}
-        if task is None:
-            return divergence, parts
-        parts = {"task_loss": float(task.detach()), **parts}
-        return (1 - self.share) * task + self.share * divergence, parts
+        total, parts = torch.zeros((), device=logits.device), {}
+        if task is not None:
+            total, parts = (1 - self.share) * task, {"task_loss": float(task.detach())}
+        if self.share:
+            divergence = distillation_loss(logits, logits_of(taught), mask=mask, temperature=self.temperature)
+            total, parts = total + self.share * divergence, parts | {"distillation_loss": float(divergence.detach())}
+        if self.hidden:
+            noise = hidden_state_loss(*map(hidden_states_of, (outputs, taught)), mask=mask)
+            total, parts = total + self.hidden * noise, parts | {"hidden_loss": float(noise.detach())}
+        return total, parts
 
     def _task(self, logits: Tensor, labels: Any) -> Tensor:
         if labels is None:
@@ -99,6 +112,18 @@ def logits_of(outputs: Any) -> Tensor:
             f"the model returned {type(outputs).__name__} without logits; return a tensor or an object with .logits"
         )
     return found
+
+
+def hidden_states_of(outputs: Any) -> list[Tensor]:
+    """What each layer handed on: the hidden states of a Hugging Face model's output but the first, the embedding's.
+    Raises: DataError if there are none."""
+    found = getattr(outputs, "hidden_states", None)
+    if not found:
+        raise DataError(
+            f"hidden_distillation needs hidden states and {type(outputs).__name__} has none: it takes models that return them with "
+            f"output_hidden_states=True (transformers); set it to 0 for others"
+        )
+    return list(found[1:])
 
 
 def position_mask(logits: Tensor, labels: Any, attention_mask: Tensor | None, is_causal: bool) -> Tensor | None:

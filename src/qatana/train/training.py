@@ -32,6 +32,7 @@ class Training(BaseModel):
     autocast          "bfloat16": forward passes (the teacher's too) run under torch.autocast. Losses, gradients, optimizer and scales stay
                       float32; what is judged and converted afterwards runs without it
     distillation      share d of the loss: (1 - d) * task + d * T^2 KL(teacher || student), T = temperature
+    hidden_distillation   h of + h * noise of the hidden states (`hidden_state_loss`), for models of transformers
     float_steps, freeze_ranges_at, freeze_batch_norm_at    see Controller
     seed              of torch, NumPy and Python, set when the training starts (None: left alone)
     sample_every      steps between two samples of saturation and scale drift (0: never)
@@ -56,6 +57,7 @@ class Training(BaseModel):
     clip: Positive | None = 1.0
     autocast: Literal["bfloat16"] | None = None
     distillation: Share = 0.0
+    hidden_distillation: NotNegative = 0.0
     temperature: Positive = 1.0
     float_steps: When = 0
     freeze_ranges_at: When | None = 0

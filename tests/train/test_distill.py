@@ -94,5 +94,5 @@ def test_hidden_states_by_layer_and_position() -> None:
     assert all(s.grad is not None and not s.grad[mask == 0].any() and s.grad[mask == 1].all() for s in student)
     assert float(hidden_state_loss(teacher, teacher)) == 0.0
     assert float(hidden_state_loss(student, teacher, mask=torch.zeros(2, 3)).detach()) == 0.0
-    with pytest.raises(DataError, match="hidden states of student and teacher differ: 2 of .* and 1 of"):
+    with pytest.raises(DataError, match=r"hidden states of student and teacher differ: 2 of .* and 1 of"):
         hidden_state_loss(student, teacher[:1])

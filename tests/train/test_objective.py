@@ -88,5 +88,5 @@ def test_hidden_states_have_to_be_there() -> None:
 
     with pytest.raises(DataError, match="hidden_distillation needs hidden states and dict has none"):
         Objective(Logits(), None, Logits(), 1.0, 1.0, 1.0)({"x": torch.ones(2, 4)}, torch.device("cpu"))
-    with pytest.raises(TrainingError, match=r"hidden_distillation=1\.0 need a teacher"):
+    with pytest.raises(TrainingError, match=r"hidden_distillation=1\.0 needs a teacher"):
         Objective(Logits(), None, None, 0.0, 1.0, 1.0)

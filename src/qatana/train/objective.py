@@ -43,7 +43,7 @@ class Objective:
             have = (
                 "a teacher is given but distillation is 0"
                 if teacher is not None
-                else f"distillation={share}, hidden_distillation={hidden} need a teacher"
+                else f"{f'distillation={share}' if share else f'hidden_distillation={hidden}'} needs a teacher"
             )
             raise TrainingError(f"{have}; give both, e.g. distillation=0.5 and teacher=a deep copy of the float model")
         self.model, self.loss, self.teacher = model, loss, teacher

@@ -90,13 +90,12 @@ def _in_bfloat16(grad, x, x_scale, x_zero_point, w, w_scale, need_x: bool, need_
     if need_x:
         levels = buffer("operand", w.shape, torch.bfloat16, w.device)
         _decode_weight(w, w_scale, levels) if blocks else sweep(decoded, [levels], [w, None, None])
-        d_x = _to_float32(torch.mm(scaled, levels, out=buffer("product", x.shape, torch.bfloat16, x.device)))
+        d_x = _to_float32(torch.mm(scaled, levels, out=buffer("product", x.shape, torch.bfloat16, x.device)), None)
     if need_w:
         levels = buffer("operand", x.shape, torch.bfloat16, x.device)
         sweep(decoded, [levels], [x, None, zero_point])
         out = buffer("product", w.shape, torch.bfloat16, w.device)
-        d_w = _to_float32(torch.mm(plain.t(), levels, out=out))
-        d_w = d_w if x_scale.ndim else d_w.mul_(x_scale)
+        d_w = _to_float32(torch.mm(plain.t(), levels, out=out), None if x_scale.ndim else x_scale)
     return d_x, d_w
 
 
@@ -105,5 +104,8 @@ def rounded(grad: Tensor, columns: Tensor | None, rows: Tensor | None = None) ->
     return grad if columns is None else grad * columns, grad if rows is None else grad * rows
 
 
-def _to_float32(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=torch.float32, device=x.device).copy_(x)
+def _to_float32(x: Tensor, scale: Tensor | None) -> Tensor:
+    """x * scale, new; None: 1."""
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    sweep(decoded, [out], [x, scale, None])
+    return out

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qatana.hardware import isa, onednn_leads
+from qatana.hardware import isa
 from qatana.numerics.fused import sweep
 from qatana.numerics.integer_sums import EXACT_INT, MOST, choose, integer_sum
 from qatana.numerics.workspace import buffer
@@ -32,9 +32,9 @@ WORTH = 2**27
 
 
 def pays(m: int, n: int, k: int, device: torch.device) -> bool:
-    """Whether g (M, K) times codes (K, N) is faster this way, and exact: a rule of the processor and the shape alone, so that a training
-    gives the same bits whenever it runs."""
-    if device.type != "cpu" or isa() != "avx512vnni" or onednn_leads() or m * n * k < WORTH:
+    """Whether g (M, N) times codes, summed over K, is faster this way, and exact: a rule of the processor and the shape alone, so that a
+    training gives the same bits whenever it runs."""
+    if device.type != "cpu" or isa() != "avx512vnni" or m * n * k < WORTH:
         return False
     return k * MOST * 3 * MOST < EXACT_INT and choose(m, n, k, device) == "int_mm"
 

@@ -123,6 +123,16 @@ def convolution():
 
 
 @case
+def convolution_whose_sums_become_its_output():
+    """Channels last, the sums come out as the output lies: the pass over them works in place."""
+    x = leaf(3, 16, 7, 5).detach().to(memory_format=torch.channels_last).requires_grad_()
+    w = leaf(16, 16, 3, 3)
+    operands = encode(x, SCALE, ZERO, ACTIVATION, "onnxruntime"), encode_weight(w, WEIGHT)
+    y = coded_conv.convolution(*operands, None, torch.rand(16) + 0.5, Geometry([1, 1], [1, 1], [1, 1], 1))
+    return results([], y, [x, w])
+
+
+@case
 def convolution_requantized_and_a_sum():
     x, w, b = leaf(3, 8, 7, 9), leaf(8, 8, 3, 3), leaf(8)
     coded = encode(x, SCALE, ZERO, ACTIVATION, "onnxruntime")
@@ -200,6 +210,21 @@ def assert_same(plain: tuple[list[Tensor], list[Tensor]], compiled: tuple[list[T
 @pytest.mark.parametrize("name", CASES)
 def test_operators(name: str, every_size: None) -> None:
     assert_same(*both(CASES[name]))
+
+
+def _shifted(x: Tensor, by: Tensor) -> tuple[Tensor]:
+    return (x * 2 + by,)
+
+
+def test_an_operand_that_is_the_result(every_size: None) -> None:
+    """Two views of the same numbers, one read, one written."""
+    by = torch.randn(1, 40)
+    for wanted in (False, True):
+        x = torch.randn(40, 30)
+        expected = x.t() * 2 + by
+        with fused.compiled(wanted):
+            fused.sweep(_shifted, [x.t()], [x.view(40, 30).t(), by])
+        assert torch.equal(x.t(), expected)
 
 
 @pytest.mark.parametrize("found", SCHEMES, ids=str)

@@ -54,7 +54,8 @@ def sweep(
 ) -> None:
     """outs = function(*ins, *constants), row by row.   outs (R, *any), at least one; a result may be of another dtype than its out.
 
-    ins        (R, *any): cut with the outs; others go to every row as they are (a vector for the columns as (1, N)); None is passed on
+    ins        (R, *any): cut with the outs; others go to every row as they are (a vector for the columns as (1, N)); None is passed on.
+               One may be an out, which is then overwritten
     function   pure, at a module's top level (compiled once per function, constants and kinds of operands)
     constants  hashable: numbers, names, schemes
     compile    False: the function branches on values of its operands"""
@@ -76,23 +77,38 @@ def _kind(t: Tensor | None) -> Hashable:
     return None if t is None else (t.dtype, t.device.type, tuple(n == 1 for n in t.shape))
 
 
+def _place(t: Tensor | None, outs: Sequence[Tensor]) -> int | None:
+    """Which of the outs t is, if it is one: two views of the same numbers are more than the compiler can follow."""
+    if t is None:
+        return None
+    same = (t.data_ptr() == o.data_ptr() and (t.shape, t.stride()) == (o.shape, o.stride()) for o in outs)
+    return next((i for i, found in enumerate(same) if found), None)
+
+
 def _loop(
     function: Callable[..., Any], outs: Sequence[Tensor], ins: Sequence[Tensor | None], constants: tuple[Hashable, ...]
 ) -> Callable[..., None] | None:
-    key = (function, constants, tuple(map(_kind, outs)), tuple(map(_kind, ins)))
+    places = tuple(_place(t, outs) for t in ins)
+    key = (function, constants, tuple(map(_kind, outs)), tuple(map(_kind, ins)), places)
     if key not in _loops:
-        _loops[key] = _compile(function, constants) if compiler() else None
+        _loops[key] = _compile(function, constants, places) if compiler() else None
     return _loops[key]
 
 
-def _compile(function: Callable[..., Any], constants: tuple[Hashable, ...]) -> Callable[..., None]:
+def _compile(
+    function: Callable[..., Any], constants: tuple[Hashable, ...], places: tuple[int | None, ...]
+) -> Callable[..., None]:
     def run(outs: list[Tensor], ins: list[Tensor | None]) -> None:
-        for out, value in zip(outs, function(*ins, *constants), strict=True):
+        operands = [t if place is None else outs[place] for t, place in zip(ins, places, strict=True)]
+        for out, value in zip(outs, function(*operands, *constants), strict=True):
             out.copy_(value)
 
     # torch counts recompilations by code object: each loop gets one of its own.
     own = FunctionType(run.__code__.replace(co_name=function.__name__), globals(), None, None, run.__closure__)
-    return torch.compile(own, dynamic=True, fullgraph=True, options={"emulate_precision_casts": True})
+    compiled_loop = torch.compile(own, dynamic=True, fullgraph=True, options={"emulate_precision_casts": True})
+    return lambda outs, ins: compiled_loop(
+        outs, [t if place is None else None for t, place in zip(ins, places, strict=True)]
+    )
 
 
 def _ran(
@@ -106,7 +122,7 @@ def _ran(
     except Exception as error:  # whatever the compiler stumbles over: the result can be had without it
         _state["asked"] = False
         warnings.warn(
-            f"torch.compile failed on {function.__name__} ({type(error).__name__}: {str(error).strip().splitlines()[0][:200]}); "
+            f"torch.compile failed on {function.__name__} ({type(error).__name__}: {' '.join(str(error).split())[:300]}); "
             "quantized training goes on with slower operators, bit for bit the same; set QATANA_COMPILE=0 to do without this attempt",
             RuntimeWarning,
             stacklevel=2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import json
 import subprocess
 import sys
@@ -117,6 +118,7 @@ def test_a_peer_that_does_not_install_has_its_reason(tmp_path: Path, monkeypatch
     (tmp_path / "peers" / "none.txt").write_text("torch==0.0.0.0\n")
     monkeypatch.setattr(environments, "HERE", tmp_path)
     monkeypatch.setattr(environments, "CACHE", tmp_path / "cache")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)  # a machine's own constraints would be another reason
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(environments.NoEnvironment, match=r"not installed: .*torch==0\.0\.0\.0"):

@@ -13,6 +13,7 @@ import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
 from support import killed_training
 from support.pretrained import W4A8, assert_same_state, ids, load, logits, write_bert, write_llama
 from torch import nn
@@ -238,7 +239,8 @@ def test_exponential_averages(llama_dir: Path) -> None:
 
 def test_accelerate_prepares_and_unwraps(llama_dir: Path, tmp_path: Path) -> None:
     model = load(llama_dir, W4A8)
-    accelerator = accelerate.Accelerator(cpu=True)
+    AcceleratorState._reset_state()  # a Trainer with bf16=True in the same process leaves its precision behind
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision="no")
     prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 1e-2))
     prepared.train()
     accelerator.backward(prepared(ids(), labels=ids()).loss)

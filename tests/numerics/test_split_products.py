@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qatana.hardware import isa
 from qatana.numerics import fused, product_gradients, scheme, split_products
 from qatana.numerics.coded import encode, encode_weight
 
@@ -89,11 +90,15 @@ def test_zeros_and_the_smallest_numbers() -> None:
     codes = torch.full((4, 2), -128, dtype=torch.int8)
     for size in (0.0, 2.0**-149, 2.0**-126):
         found = split_products.times_codes(torch.full((2, 4), size), None, codes)
-        assert torch.equal(found, torch.zeros(2, 2)), "below 2^-123: 0, where float32 has 512 times that at most"
+        assert torch.equal(found, torch.zeros(2, 2)), (
+            "elements that small become 0: the largest, 2^-126, is below 2^-123"
+        )
 
 
 def test_sums_that_may_leave_int32_are_refused() -> None:
+    """The largest sum of levels is k * 128 * (128 + 255); the last k below it is taken where the processor has VNNI."""
     cpu, most = torch.device("cpu"), (2**31 - 1) // (128 * 384)
+    assert split_products.pays(2**10, 2**10, most, cpu) == (isa() == "avx512vnni")
     assert not split_products.pays(2**10, 2**10, most + 1, cpu)
 
 

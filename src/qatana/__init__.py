@@ -18,7 +18,7 @@ from qatana.errors import DataError, ModelError, QatanaError, RecipeError
 from qatana.export import export, export_float
 from qatana.nn import quantize_gradients, register_layer
 from qatana.numerics import Scheme, register_format, scheme
-from qatana.prepare import plan, prepare
+from qatana.prepare import equalize, plan, prepare
 from qatana.ptq import ptq
 from qatana.quantizer import Quantizer, quantizers
 from qatana.recipe import TARGETS, Plan, Recipe, Rule, recipe, register_target
@@ -63,6 +63,7 @@ __all__ = [
     "convert",
     "dequantize",
     "distillation_loss",
+    "equalize",
     "export",
     "export_float",
     "fit",

@@ -207,6 +207,20 @@ def test_a_job_wins_back_what_rounding_lost_and_goes_on_where_it_was(
     assert again.qat(again.job.recipes[0]).skipped
 
 
+def test_channels_are_equalized_where_a_recipe_asks(data: dict[str, Any], tmp_path: Path) -> None:
+    plain, [section] = Run(job_of(data), tmp_path, 0, Progress()), [dict(data["recipes"][0]) | {"equalize": 0.5}]
+    plain.ptq(plain.job.recipes[0])
+    run = Run(job_of(data | {"recipes": [section]}), tmp_path, 0, Progress())
+    record = run.ptq(run.job.recipes[0])
+    assert not record.skipped, "another start is another model"
+    producers = {row["producer"].split(".")[-2] for row in record.result["equalized"]}
+    assert producers == {"input_layernorm", "post_attention_layernorm", "up_proj"}
+    moved, name = run.model(run.job.recipes[0], "ptq").state_dict(), "model.layers.0.mlp.up_proj.weight"
+    ratio = run.float_model().state_dict()[name] / moved[name]
+    assert torch.equal(torch.frexp(ratio).mantissa, torch.full_like(ratio, 0.5)), "factors are powers of two"
+    assert not torch.equal(ratio, torch.ones_like(ratio))
+
+
 def test_generated_text_of_the_integers_is_that_of_the_trained_model(data: dict[str, Any], tmp_path: Path) -> None:
     """What examples/smollm2.py shows: a prepared model of a job, as integers through Hugging Face's files."""
     from transformers import AutoModelForCausalLM

@@ -109,21 +109,23 @@ class Run:
         return self.float_model() if done else models.build(self.job, self.task.classes, self.seed)
 
     def ptq(self, section: RecipeSection) -> Record:
-        """Plan, prepare, calibrate."""
+        """Equalize if asked, plan, prepare, calibrate."""
 
         def work(scratch: Path) -> Any:
-            model, calibration = self._prepared(section), section.calibration
+            model, calibration = self.float_model(), section.calibration
+            equalized = self._equalize(model, section)
+            model = self._prepared(section, model)
             loader = self.task.calibration(calibration.batch_size, self.seed)
             with self.progress.bar("calibration batches", calibration.batches) as advance:
                 qt.calibrate(model, loader, batches=calibration.batches, progress=lambda done: advance())
             save_tensors(model.state_dict(), self.folder / self.state_file(section, PTQ))
-            return {"plan": model.qatana_plan.to_dict()}  # type: ignore[union-attr]
+            return {"plan": model.qatana_plan.to_dict(), "equalized": equalized}
 
         inputs = {
             "float": self.float_(),
             "recipe": self.job.recipe(section).to_dict(),
             "calibration": section.calibration.model_dump(),
-        }
+        } | ({} if section.equalize is None else {"equalize": section.equalize})
         name = f"{section.name}.{PTQ}"
         return self.stages.run(name, inputs, work, [self.state_file(section, PTQ)], f"{section.name}: calibrate (PTQ)")
 
@@ -150,7 +152,7 @@ class Run:
 
     def model(self, section: RecipeSection, phase: str) -> nn.Module:
         """The PTQ or QAT model of a recipe, in eval mode, quantizers on."""
-        model = self._prepared(section)
+        model = self._prepared(section, self.float_model())
         model.load_state_dict(load_tensors(self.folder / self.state_file(section, phase)))
         for quantizer in qt.quantizers(model).values():
             quantizer.enabled = True
@@ -270,8 +272,20 @@ class Run:
         return FileRunner(self.folder / file, engine, bench.threads())
 
     # -- helpers ---------------------------------------------------------------------------------------------------
-    def _prepared(self, section: RecipeSection) -> Any:
-        model = self.float_model()
+    def _equalize(self, model: nn.Module, section: RecipeSection) -> list[dict[str, Any]]:
+        """Equalize a float model in place where the recipe asks for it; what was found."""
+        if section.equalize is None:
+            return []
+        calibration = section.calibration
+        loader = self.task.calibration(calibration.batch_size, self.seed)
+        with self.progress.bar("batches seen for equal channels", calibration.batches) as advance:
+            found = qt.equalize(
+                model, loader, strength=section.equalize, batches=calibration.batches, progress=lambda done: advance()
+            )
+        self.progress.say(f"{section.name}: channels of {len(found)} tensors equalized")
+        return [row._asdict() for row in found]
+
+    def _prepared(self, section: RecipeSection, model: nn.Module) -> Any:
         return qt.prepare(model, qt.plan(model, self.job.recipe(section), self._example()))
 
     def _example(self) -> Any:

@@ -1,5 +1,6 @@
-"""Plan -> QAT model: `plan` looks and decides, `prepare` replaces layers, `restore` puts the float ones back."""
+"""Plan -> QAT model: `plan` looks and decides, `prepare` replaces layers. Before both, `equalize` may flatten a float model's channels."""
 
+from qatana.prepare.equalize import Equalized, equalize
 from qatana.prepare.prepare import plan, prepare
 
-__all__ = ["plan", "prepare"]
+__all__ = ["Equalized", "equalize", "plan", "prepare"]

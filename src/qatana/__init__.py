@@ -16,6 +16,7 @@ from qatana.checkpoints import Checkpoint, read_checkpoint
 from qatana.convert import convert, dequantize, integer_model
 from qatana.errors import DataError, ModelError, QatanaError, RecipeError
 from qatana.export import export, export_float
+from qatana.gptq import gptq
 from qatana.nn import quantize_gradients, register_layer
 from qatana.numerics import Scheme, register_format, scheme
 from qatana.prepare import equalize, plan, prepare
@@ -68,6 +69,7 @@ __all__ = [
     "export_float",
     "fit",
     "format_table",
+    "gptq",
     "integer_model",
     "latency",
     "measure",

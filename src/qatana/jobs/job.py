@@ -117,12 +117,14 @@ class RecipeSection(Section):
 
     recipe     a target ("ort:int8"), a recipe as a mapping, or the path of a recipe file
     equalize   strength (0 .. 1) with which the float model's channels are equalized first, on the calibration batches; None: not
+    gptq       weights of linear layers are rounded by GPTQ, on the calibration batches
     training   None: calibrated only (PTQ)"""
 
     name: str
     recipe: str | dict[str, Any]
     equalize: Annotated[float, Field(ge=0, le=1)] | None = None
     calibration: Calibration = Calibration()
+    gptq: bool = False
     training: qt.Training | None = None
     batch_size: Count = 32
 

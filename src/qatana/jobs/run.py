@@ -109,23 +109,24 @@ class Run:
         return self.float_model() if done else models.build(self.job, self.task.classes, self.seed)
 
     def ptq(self, section: RecipeSection) -> Record:
-        """Equalize if asked, plan, prepare, calibrate."""
+        """Equalize if asked, plan, prepare, calibrate, round by GPTQ if asked."""
 
         def work(scratch: Path) -> Any:
-            model, calibration = self.float_model(), section.calibration
+            model, batches = self.float_model(), section.calibration.batches
             equalized = self._equalize(model, section)
             model = self._prepared(section, model)
-            loader = self.task.calibration(calibration.batch_size, self.seed)
-            with self.progress.bar("calibration batches", calibration.batches) as advance:
-                qt.calibrate(model, loader, batches=calibration.batches, progress=lambda done: advance())
+            with self.progress.bar("calibration batches", batches) as advance:
+                qt.calibrate(model, self._calibration(section), batches=batches, progress=lambda done: advance())
+            rounded = self._gptq(model, section)
             save_tensors(model.state_dict(), self.folder / self.state_file(section, PTQ))
-            return {"plan": model.qatana_plan.to_dict(), "equalized": equalized}
+            return {"plan": model.qatana_plan.to_dict(), "equalized": equalized, "gptq": rounded}
 
+        asked = {"equalize": section.equalize, "gptq": section.gptq or None}
         inputs = {
             "float": self.float_(),
             "recipe": self.job.recipe(section).to_dict(),
             "calibration": section.calibration.model_dump(),
-        } | ({} if section.equalize is None else {"equalize": section.equalize})
+        } | {key: value for key, value in asked.items() if value is not None}
         name = f"{section.name}.{PTQ}"
         return self.stages.run(name, inputs, work, [self.state_file(section, PTQ)], f"{section.name}: calibrate (PTQ)")
 
@@ -276,14 +277,35 @@ class Run:
         """Equalize a float model in place where the recipe asks for it; what was found."""
         if section.equalize is None:
             return []
-        calibration = section.calibration
-        loader = self.task.calibration(calibration.batch_size, self.seed)
-        with self.progress.bar("batches seen for equal channels", calibration.batches) as advance:
+        batches = section.calibration.batches
+        with self.progress.bar("batches seen for equal channels", batches) as advance:
             found = qt.equalize(
-                model, loader, strength=section.equalize, batches=calibration.batches, progress=lambda done: advance()
+                model,
+                self._calibration(section),
+                strength=section.equalize,
+                batches=batches,
+                progress=lambda done: advance(),
             )
         self.progress.say(f"{section.name}: channels of {len(found)} tensors equalized")
         return [row._asdict() for row in found]
+
+    def _gptq(self, model: nn.Module, section: RecipeSection) -> list[dict[str, Any]]:
+        """Round weights by GPTQ where the recipe asks for it; what was found."""
+        if not section.gptq:
+            return []
+        batches = section.calibration.batches
+        with self.progress.bar("GPTQ: batches, then layers") as advance:
+            found = qt.gptq(
+                model,
+                self._calibration(section),
+                batches=batches,
+                progress=lambda done, total: advance(1, f"{done} of {total}"),
+            )
+        self.progress.say(f"{section.name}: weights of {len(found)} layers rounded by GPTQ")
+        return [row._asdict() for row in found]
+
+    def _calibration(self, section: RecipeSection) -> Any:
+        return self.task.calibration(section.calibration.batch_size, self.seed)
 
     def _prepared(self, section: RecipeSection, model: nn.Module) -> Any:
         return qt.prepare(model, qt.plan(model, self.job.recipe(section), self._example()))

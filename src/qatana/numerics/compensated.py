@@ -1,0 +1,64 @@
+"""Rounding a weight so that the layer's output changes least: GPTQ.
+
+    least  |(W - W_hat) X|^2 = tr((W - W_hat) H (W - W_hat)^T),  H = X X^T,   scales given
+
+Columns are rounded one after the other, those that matter most first; the error of each is made up for by the columns that are not rounded
+yet:   e = (w_j - w_hat_j) / U_jj,   w_k -= e U_jk for k > j,   U = the upper Cholesky factor of H^-1.
+
+Reference: Frantar et al. 2022, GPTQ, algorithm 1, arXiv:2210.17323 (order of columns: its code's `act_order`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qatana.numerics.affine import levels
+from qatana.numerics.scheme import Scheme
+
+COLUMNS = 128
+"""Rounded before the rest of the matrix gets their error in one product."""
+
+
+@torch.no_grad()
+def compensated(w: Tensor, scheme: Scheme, scale: Tensor, zero_point: Tensor, h: Tensor, damping: float) -> Tensor:
+    """W_hat, float32, on the grid of the scheme: what rounding it gives again. A training can start there, half a code away from every
+    change of a code.   w (N, K); scale and zero_point of `granularity.scale_shape(w.shape)`; h (K, K).
+
+    damping  share of the mean of H's diagonal that is added to it, so that it has an inverse; it is raised where it still has none"""
+    view = scheme.granularity.view(w)
+    s, z = (scheme.granularity.unview(p.broadcast_to(view.shape), w.shape) for p in (scale.float(), zero_point.float()))
+    order = h.diagonal().argsort(descending=True, stable=True)
+    w, s, z = (p[:, order].t().contiguous() for p in (w.float(), s, z))  # columns as rows: they are read one by one
+    u, out = _factor(h[order][:, order], damping), torch.empty_like(w)
+    for start in range(0, len(w), COLUMNS):
+        block = slice(start, min(start + COLUMNS, len(w)))
+        out[block], errors = _rounded(w[block], s[block], z[block], u[block, block], scheme)
+        w[block.stop :] -= u[block, block.stop :].t() @ errors
+    return out[order.argsort()].t().contiguous()
+
+
+def _rounded(w: Tensor, s: Tensor, z: Tensor, u: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Columns of a block on the grid, and their errors e, both (columns, N)."""
+    w, out, errors = w.clone(), torch.empty_like(w), torch.empty_like(w)
+    lo, hi = scheme.integer.lo, scheme.integer.hi
+    for j in range(len(w)):
+        out[j] = levels(w[j], s[j], z[j], lo, hi) * s[j]
+        errors[j] = (w[j] - out[j]) / u[j, j]
+        w[j + 1 :] -= u[j, j + 1 :, None] * errors[j]
+    return out, errors
+
+
+def _factor(h: Tensor, damping: float) -> Tensor:
+    """U (K, K), upper: U^T U = H^-1. Inputs that are always 0 (or none at all) count as independent of the others."""
+    h, mean = h.float().clone(), float(h.diagonal().mean())
+    h.diagonal()[h.diagonal() == 0] = mean or 1.0
+    added = damping * (mean or 1.0)
+    while True:
+        h.diagonal().add_(added)
+        lower, failed = torch.linalg.cholesky_ex(h)
+        if not int(failed):
+            inverse = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not int(failed):
+                return upper
+        added *= 10

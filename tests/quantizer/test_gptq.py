@@ -1,0 +1,120 @@
+"""gptq on whole models: which layers, from which inputs, and that what follows starts from the rounded weights."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qatana as qt
+
+RECIPE = qt.recipe("torch", weight="int4/group32 sym learned mse", input="int8/token")
+
+
+class Net(nn.Module):
+    """A table tied to the last layer, and two layers between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.up, self.down = nn.Embedding(50, 32), nn.Linear(32, 96), nn.Linear(96, 32)
+        self.last = nn.Linear(32, 50, bias=False)
+        self.last.weight = self.table.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.last(self.down(torch.relu(self.up(self.table(ids)))))
+
+
+def batches() -> list[Tensor]:
+    torch.manual_seed(1)
+    return [torch.randint(50, (8, 16)) for _ in range(4)]
+
+
+def calibrated(recipe: qt.Recipe = RECIPE, model: nn.Module | None = None) -> Any:
+    return qt.ptq(model or Net(), recipe, batches())
+
+
+def test_outputs_come_nearer_to_the_float_models() -> None:
+    model, truth = calibrated(), [Net()(x).detach() for x in batches()]
+
+    def error() -> float:
+        return sum(float((model(x).detach() - y).square().mean()) for x, y in zip(batches(), truth, strict=True))
+
+    before, table = error(), model.table.weight.detach().clone()
+    rows = qt.gptq(model, batches())
+    assert [row.layer for row in rows] == ["up", "down"], "the table is an embedding too"
+    assert torch.equal(model.table.weight, table)
+    assert all(row.after < row.before for row in rows)
+    assert error() < before
+
+
+def test_reported_errors_are_those_of_the_layers_outputs() -> None:
+    """Plain weights and inputs, so that the layer's own output tells: |(W - W_hat) X|^2 / |W X|^2."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(64, 32, bias=False)), torch.randn(100, 64)
+    model: Any = qt.ptq(copy.deepcopy(net), qt.recipe("torch", weight="int3/group32 sym"), [x])
+    y, plain = net(x), model(x)
+    [row] = qt.gptq(model, [x])
+    sizes = [float(((y - z).square().sum() / y.square().sum()).detach()) for z in (plain, model(x))]
+    assert [row.before, row.after] == pytest.approx(
+        sizes, rel=1e-3
+    )  # float32 sums over 100 x 64 products, in another order
+
+
+def test_the_integer_model_has_the_same_codes() -> None:
+    model, x = calibrated(), batches()[0]
+    qt.gptq(model, batches())
+    assert torch.equal(qt.integer_model(copy.deepcopy(model))(x), model(x))
+
+
+def test_a_transposed_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPT-2's layers hold W^T; the result is that of the layer that holds W. Little memory: a pass over the batches for each layer."""
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    plain, swapped, x = nn.Sequential(nn.Linear(64, 32)), nn.Sequential(Conv1D(32, 64)), torch.randn(50, 64)
+    with torch.no_grad():
+        swapped[0].weight.copy_(plain[0].weight.t())
+        swapped[0].bias.copy_(plain[0].bias)
+    monkeypatch.setattr(sys.modules["qatana.gptq"], "MEMORY", 1)
+    one, other = (
+        qt.ptq(model, qt.recipe("ort:int8").rule(weight="int8n/channel sym mse"), [x]) for model in (plain, swapped)
+    )
+    for model in (one, other):
+        qt.gptq(model, [x])
+    assert torch.equal(one[0].weight, other[0].weight.t())  # type: ignore[index]
+
+
+def test_progress_and_limits() -> None:
+    seen: list[tuple[int, int]] = []
+    qt.gptq(calibrated(), batches(), batches=3, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(i, 5) for i in range(1, 6)]  # three batches, two layers
+
+
+def test_a_layer_without_input_stays() -> None:
+    class Idle(Net):
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.last(self.up(self.table(ids))[..., :32])
+
+    model: Any = qt.calibrate(qt.prepare(Idle(), qt.plan(Idle(), RECIPE)))
+    before = model.down.weight.detach().clone()
+    assert [row.layer for row in qt.gptq(model, batches())] == ["up"]
+    assert torch.equal(model.down.weight, before)
+
+
+def test_wrong_use() -> None:
+    with pytest.raises(qt.DataError, match="no batch"):
+        qt.gptq(calibrated(), [])
+    with pytest.raises(qt.ModelError, match="static or learned scale; the model has none"):
+        qt.gptq(Net(), batches())
+    with pytest.raises(qt.ModelError, match="the model has none"):
+        qt.gptq(calibrated(qt.recipe("torch", weight="nf4/flat64")), batches())
+    with pytest.raises(qt.ModelError, match="not calibrated"):
+        qt.gptq(qt.prepare(Net(), qt.plan(Net(), RECIPE)), batches())
+    linear: Any = qt.ptq(nn.Sequential(nn.Linear(32, 32)), RECIPE, [torch.randn(4, 32)])
+    with pytest.raises(qt.DataError, match="NaN"):
+        qt.gptq(linear, [torch.full((4, 32), float("nan"))])

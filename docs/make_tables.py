@@ -119,6 +119,7 @@ def job(found: Result) -> str:
     parts = [_table(lines), parity(found)]
     if spread:
         parts.append(f"Means over the seeds {', '.join(map(str, found['seeds']))}, ± one standard deviation.")
+    parts += _beyond_nearest(key, by_name)
     parts.append("Seconds: " + ", ".join(f"{stage} {value:.0f}" for stage, value in found["seconds"].items()) + ".")
     parts += [found["note"]] if "note" in found else []
     return "\n\n".join([*parts, *machine(found)])
@@ -160,6 +161,17 @@ def _won_back(row: Result, key: str, by_name: dict[tuple[str, str], Result]) -> 
     better = -1 if key == "perplexity" else 1
     lost, won = better * (reference[key] - calibrated[key]), better * (row[key] - calibrated[key])
     return f"{100 * won / lost:.0f} %" if lost >= 0.1 else "–"
+
+
+def _beyond_nearest(key: str, by_name: dict[tuple[str, str], Result]) -> list[str]:
+    """Where a job has a recipe NAME-nearest, plain rounding without training: how much of what that loses NAME wins back."""
+    told = []
+    for name, engine in by_name:
+        plain = name.removesuffix("-qat") + "-nearest-ptq"
+        if engine == "torch" and name.endswith("-qat") and (plain, "torch") in by_name:
+            start, end, best = (by_name[n, "torch"][key] for n in (plain, name, "float"))
+            told.append(f"{name} wins back {100 * (start - end) / (start - best):.1f} % of what {plain} loses")
+    return ["Plain rounding to nearest: " + "; ".join(told) + "."] if told else []
 
 
 def _number(value: float | None, form: str) -> str:

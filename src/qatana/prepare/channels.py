@@ -91,7 +91,8 @@ class Channels(TorchDispatchMode):
         return result
 
     def _linear(self, places: tuple[int | None, int, int], args: Any, tensors: list[Tensor], result: Tensor) -> None:
-        bias, x, weight = (None if i is None else args[i] for i in places)
+        x, weight = args[places[1]], args[places[2]]
+        bias = None if places[0] is None else args[places[0]]
         name, producer = self._use(weight), self._tags.get(x)
         known = name and self._whole[name] and (bias is None or (self._use(bias) and bias.ndim == 1))
         if not known:

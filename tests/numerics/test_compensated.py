@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qatana.errors import DataError
 from qatana.numerics import Scheme, scheme
 from qatana.numerics.compensated import compensated
 from qatana.quantizer.ranges import weight_parameters
@@ -88,3 +89,10 @@ def test_inputs_that_say_nothing() -> None:
 def test_one_sample_has_no_inverse_without_damping() -> None:
     found, (w, h) = scheme("int4/group32 sym"), problem(8, 64, 1)
     assert bool(compensated(w, found, *weight_parameters(w, found), h * 1e6, 0.01).isfinite().all())
+
+
+def test_inputs_that_are_not_finite() -> None:
+    found, (w, h) = scheme("int4/group32 sym"), problem(8, 64, 10)
+    h[2, 5] = float("nan")
+    with pytest.raises(DataError, match="NaN or infinite values"):
+        compensated(w, found, *weight_parameters(w, found), h, 0.01)

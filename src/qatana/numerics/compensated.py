@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qatana.errors import DataError
 from qatana.numerics.affine import levels
 from qatana.numerics.scheme import Scheme
 
@@ -24,7 +25,12 @@ def compensated(w: Tensor, scheme: Scheme, scale: Tensor, zero_point: Tensor, h:
     """W_hat, float32, on the grid of the scheme: what rounding it gives again. A training can start there, half a code away from every
     change of a code.   w (N, K); scale and zero_point of `granularity.scale_shape(w.shape)`; h (K, K).
 
-    damping  share of the mean of H's diagonal that is added to it, so that it has an inverse; it is raised where it still has none"""
+    damping  share of the mean of H's diagonal that is added to it, so that it has an inverse; it is raised where it still has none
+    Raises: DataError if H holds NaN or infinite values."""
+    if not bool(h.isfinite().all()):
+        raise DataError(
+            "gptq: a layer's inputs hold NaN or infinite values, or their squares overflow; check data and weights"
+        )
     view = scheme.granularity.view(w)
     s, z = (scheme.granularity.unview(p.broadcast_to(view.shape), w.shape) for p in (scale.float(), zero_point.float()))
     order = h.diagonal().argsort(descending=True, stable=True)

@@ -47,12 +47,18 @@ def gptq(
     Left as they are: layers other than linear ones, weights that are an embedding's too, schemes that are no plain integer grid with a
     scale that is held or learned, and layers that get no input.
     Returns: the layers, in order of their names in the model.
-    Raises: ModelError before calibration, or if no layer is of that kind; DataError for an empty loader, NaN or infinite values."""
+    Raises: ModelError before calibration, or if no layer is of that kind; DataError for an empty loader, NaN or infinite values;
+    ValueError for a damping that is not above 0."""
     layers = _layers(model)
     if not layers:
         raise ModelError(
             "gptq needs linear layers whose weights have an integer scheme with a static or learned scale; the model has none"
         )
+    if not 0 < damping < float("inf"):
+        raise ValueError(f"damping {damping} is not above 0: without it X X^T may have no inverse")
+    for layer in layers.values():
+        assert layer.weight_quantizer is not None
+        layer.weight_quantizer.weight_parameters(layer.matrix)  # raises before calibration, and before batches are run
     held = list(itertools.islice(loader, batches))
     if not held:
         raise DataError("gptq got no batch; check the data path, the split and the batch size")

@@ -109,6 +109,8 @@ def test_a_layer_without_input_stays() -> None:
 def test_wrong_use() -> None:
     with pytest.raises(qt.DataError, match="no batch"):
         qt.gptq(calibrated(), [])
+    with pytest.raises(ValueError, match="damping 0"):
+        qt.gptq(calibrated(), batches(), damping=0)
     with pytest.raises(qt.ModelError, match="static or learned scale; the model has none"):
         qt.gptq(Net(), batches())
     with pytest.raises(qt.ModelError, match="the model has none"):

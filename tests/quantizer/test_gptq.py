@@ -76,7 +76,9 @@ def test_a_transposed_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.pytorch_utils import Conv1D
 
     torch.manual_seed(0)
-    plain, swapped, x = nn.Sequential(nn.Linear(64, 32)), nn.Sequential(Conv1D(32, 64)), torch.randn(50, 64)
+    plain: Any = nn.Sequential(nn.Linear(64, 32))
+    swapped: Any = nn.Sequential(Conv1D(32, 64))
+    x = torch.randn(50, 64)
     with torch.no_grad():
         swapped[0].weight.copy_(plain[0].weight.t())
         swapped[0].bias.copy_(plain[0].bias)

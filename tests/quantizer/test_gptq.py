@@ -88,7 +88,7 @@ def test_a_transposed_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     for model in (one, other):
         qt.gptq(model, [x])
-    assert torch.equal(one[0].weight, other[0].weight.t())
+    assert torch.equal(one[0].weight, other[0].weight.t())  # type: ignore[index]
 
 
 def test_progress_and_limits() -> None:

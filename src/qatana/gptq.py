@@ -171,4 +171,5 @@ def _compensate(name: str, layer: Linear, h: Tensor, damping: float) -> Compensa
     def size(x: Tensor) -> float:
         return float(((x @ h) * x).sum())
 
-    return Compensated(name, size(w - plain) / size(w), size(w - best) / size(w))
+    whole = size(w) or 1.0  # weights that are all 0 stay 0, and lose nothing
+    return Compensated(name, size(w - plain) / whole, size(w - best) / whole)

@@ -60,9 +60,8 @@ def test_reported_errors_are_those_of_the_layers_outputs() -> None:
     y, plain = net(x), model(x)
     [row] = qt.gptq(model, [x])
     sizes = [float(((y - z).square().sum() / y.square().sum()).detach()) for z in (plain, model(x))]
-    assert [row.before, row.after] == pytest.approx(
-        sizes, rel=1e-3
-    )  # float32 sums over 100 x 64 products, in another order
+    close = 1e-3  # float32 sums over 100 x 64 products, in another order
+    assert [row.before, row.after] == pytest.approx(sizes, rel=close)
 
 
 def test_the_integer_model_has_the_same_codes() -> None:
@@ -106,6 +105,12 @@ def test_a_layer_without_input_stays() -> None:
     before = model.down.weight.detach().clone()
     assert [row.layer for row in qt.gptq(model, batches())] == ["up"]
     assert torch.equal(model.down.weight, before)
+
+
+def test_weights_that_are_all_zero_lose_nothing() -> None:
+    net = Net()
+    nn.init.zeros_(net.down.weight)
+    assert qt.gptq(calibrated(model=net), batches())[1] == ("down", 0.0, 0.0)
 
 
 def test_wrong_use() -> None:

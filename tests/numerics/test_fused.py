@@ -227,6 +227,47 @@ def test_an_operand_that_is_the_result(every_size: None) -> None:
         assert torch.equal(x.t(), expected)
 
 
+def test_a_call_made_before_asks_nothing_again(every_size: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second call of the same shapes goes straight to the compiled code; one of other shapes, strides or threads does not."""
+
+    def call(x: Tensor, by: Tensor) -> None:
+        out = torch.empty_like(x)
+        fused.sweep(_shifted, [out], [x, by])
+        assert torch.equal(out, x * 2 + by)
+
+    asked: list[int] = []
+    loop = fused._loop
+    monkeypatch.setattr(fused, "_loop", lambda *args: asked.append(1) or loop(*args))
+    fused._ready.clear()
+    with fused.compiled(True):
+        for made, x in enumerate((torch.randn(37, 30), torch.randn(38, 30), torch.randn(30, 37).t()), start=1):
+            for _ in range(2):
+                call(x, torch.randn(1, 30))
+                assert len(asked) == made
+        threads = torch.get_num_threads()
+        torch.set_num_threads(threads + 1)
+        try:
+            call(torch.randn(37, 30), torch.randn(1, 30))
+        finally:
+            torch.set_num_threads(threads)
+        assert len(asked) == 4
+
+
+def test_an_operand_in_the_memory_of_the_result(every_size: None) -> None:
+    """A call is remembered by shapes, which do not tell whether memory is shared: such a call is never taken for another."""
+    with fused.compiled(True):
+        for shared in (False, True, False):
+            memory = torch.randn(41, 30)
+            x, out = (memory[:40], memory[1:]) if shared else (memory[:40], torch.empty(40, 30))
+            expected = x * 2 + 1
+            by = torch.ones(1, 30)
+            if shared:  # rows overlap: only that it is asked anew can be told, the order of rows is the loop's own
+                assert fused._call_key(_shifted, [out], [x, by], (), (None, None)) is None
+                continue
+            fused.sweep(_shifted, [out], [x, by])
+            assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize("found", SCHEMES, ids=str)
 def test_schemes(found, every_size: None) -> None:
     def run() -> tuple[list[Tensor], list[Tensor]]:

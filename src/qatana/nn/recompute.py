@@ -40,12 +40,32 @@ MODULES_OF = "transformers.activations"
 """Where Hugging Face has its activation functions: each is elementwise and without state."""
 
 
+class _Again:
+    """Computes a tensor again.   saved  how often autograd has saved it, and not asked for it yet"""
+
+    def __init__(self, compute: Callable[[], Tensor]) -> None:
+        self._compute, self.saved = compute, 0
+        self._held: Tensor | None = None
+
+    def __call__(self) -> Tensor:
+        """For autograd."""
+        self.saved -= 1
+        held, self._held = self._held, None
+        return self._compute() if held is None else held
+
+    def on_the_way(self) -> Tensor:
+        """For a function behind it, whose own backward pass comes next: held for that, if it has saved the tensor."""
+        found = self._compute() if self._held is None else self._held
+        self._held = found if self.saved > 0 else None
+        return found
+
+
 class _Source(NamedTuple):
     """How to compute a tensor that lives: the tensor, its version, the function."""
 
     tensor: weakref.ref[Tensor]
     version: int
-    compute: Callable[[], Tensor]
+    again: _Again
 
 
 class _State(threading.local):
@@ -70,7 +90,7 @@ def pays(y: Tensor, inner: int) -> bool:
 def note(y: Tensor, compute: Callable[[], Tensor]) -> None:
     """Say how y can be computed again."""
     key, sources = id(y), _state.sources
-    sources[key] = _Source(weakref.ref(y, lambda _: sources.pop(key, None)), y._version, compute)
+    sources[key] = _Source(weakref.ref(y, lambda _: sources.pop(key, None)), y._version, _Again(compute))
 
 
 def _source(x: Tensor) -> _Source | None:
@@ -89,15 +109,16 @@ class _Kept(NamedTuple):
 def _hooks() -> torch.autograd.graph.saved_tensors_hooks:
     outer = _autograd._top_saved_tensors_default_hooks(False)
 
-    def pack(x: Tensor) -> _Kept | Callable[[], Tensor]:
+    def pack(x: Tensor) -> _Kept | _Again:
         source = _source(x)
         if source is not None:
-            return source.compute
+            source.again.saved += 1
+            return source.again
         if outer is not None:
             return _Kept(outer[0](x), None, 0)
         return _Kept(x, x, x._version)
 
-    def unpack(kept: _Kept | Callable[[], Tensor]) -> Tensor:
+    def unpack(kept: _Kept | _Again) -> Tensor:
         if not isinstance(kept, _Kept):
             with torch.no_grad():
                 return kept()
@@ -134,7 +155,7 @@ def _after_function(module: nn.Module, args: tuple[Any, ...], output: Any) -> No
         return
     source = _source(args[0])
     if source is not None and pays(output, 1):
-        note(output, lambda: module(source.compute()))
+        note(output, lambda: module(source.again.on_the_way()))
 
 
 def _is_function(module: nn.Module) -> bool:

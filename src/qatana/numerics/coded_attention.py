@@ -21,7 +21,7 @@ from qatana.numerics.coded import Coded, decoded, masked
 from qatana.numerics.engine import Affine, Engine
 from qatana.numerics.engines import engine as engine_named
 from qatana.numerics.fused import sweep
-from qatana.numerics.integer_sums import EXACT_FLOAT, exact_float, integer_sum
+from qatana.numerics.integer_sums import EXACT_FLOAT, LEVEL, exact_float, integer_sum
 from qatana.numerics.masks import length, pack_mask, unpack_mask
 from qatana.numerics.product_gradients import reduced_gradients
 from qatana.numerics.products import is_inside
@@ -32,8 +32,6 @@ SCORES = 2**21
 """Scores computed at a time, 8 MB of float32."""
 FLOAT_PRODUCTS = 2**17
 """Entries of a head's scores from which one integer product per head pays for its call; below, all heads go into one float product."""
-LEVEL = 255
-"""The largest |level|."""
 
 
 def chunks(batch: int, entries: int) -> Iterator[slice]:

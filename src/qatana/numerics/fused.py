@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,11 +62,10 @@ def sweep(
     compile    False: the function branches on values of its operands"""
     if not outs[0].numel():
         return
-    rows, largest = outs[0].shape[0], max((*outs, *(t for t in ins if t is not None)), key=lambda t: t.numel())
-    if compile and _state["asked"] and largest.numel() >= WORTH and outs[0].device.type in ("cpu", "cuda"):
-        loop = _loop(function, outs, ins, constants)
-        if loop is not None and _ran(loop, function, outs, ins):
-            return
+    rows, largest = outs[0].shape[0], max((*outs, *(t for t in ins if t is not None)), key=Tensor.numel)
+    worth = compile and _state["asked"] and largest.numel() >= WORTH and outs[0].device.type in ("cpu", "cuda")
+    if worth and _ran(function, outs, ins, constants):
+        return
     with torch.no_grad():
         for piece in pieces(largest):
             parts = (t[piece] if t is not None and t.ndim and t.shape[0] == rows else t for t in ins)
@@ -86,9 +86,9 @@ def _place(t: Tensor | None, outs: Sequence[Tensor]) -> int | None:
 
 
 def _loop(
-    function: Callable[..., Any], outs: Sequence[Tensor], ins: Sequence[Tensor | None], constants: tuple[Hashable, ...]
-) -> Callable[..., None] | None:
-    places = tuple(_place(t, outs) for t in ins)
+    function: Callable[..., Any], outs: Sequence[Tensor], ins: Sequence[Tensor | None], constants: tuple[Hashable, ...],
+    places: tuple[int | None, ...],
+) -> Callable[..., None] | None:  # fmt: skip
     key = (function, constants, tuple(map(_kind, outs)), tuple(map(_kind, ins)), places)
     if key not in _loops:
         _loops[key] = _compile(function, constants, places) if compiler() else None
@@ -105,18 +105,80 @@ def _compile(
 
     # torch counts recompilations by code object: each loop gets one of its own.
     own = FunctionType(run.__code__.replace(co_name=function.__name__), globals(), None, None, run.__closure__)
-    compiled_loop = torch.compile(own, dynamic=True, fullgraph=True, options={"emulate_precision_casts": True})
+    compiled_loop = torch.compile(own, dynamic=True, fullgraph=True, backend=_backend)
     return lambda outs, ins: compiled_loop(
         outs, [t if place is None else None for t, place in zip(ins, places, strict=True)]
     )
 
 
+def _backend(graph: torch.fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+    """Inductor, which tells what was called with what."""
+    from torch._inductor.compile_fx import compile_fx
+
+    inner: Any = compile_fx(graph, examples, config_patches={"emulate_precision_casts": True})
+
+    def call(*operands: Any) -> Any:
+        _called.last = inner, operands
+        return inner(*operands)
+
+    return call
+
+
+class _Called(threading.local):
+    """The compiled code that ran last in this thread, and its operands: tensors and sizes."""
+
+    last: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
+
+
+_called = _Called()
+
+
+# -- calls that were made before -----------------------------------------------------------------------------------------
+class _Ready(NamedTuple):
+    """Compiled code for operands of certain shapes.   operands  for each, its place among outs and ins, or None and the number itself"""
+
+    code: Callable[..., Any]
+    operands: list[tuple[int | None, Any]]
+
+
+_ready: dict[Hashable, _Ready] = {}
+MOST_READY = 4096
+"""Calls remembered; a model makes a few dozen for each shape of its batches."""
+
+
+def _call_key(
+    function: Callable[..., Any], outs: Sequence[Tensor], ins: Sequence[Tensor | None], constants: tuple[Hashable, ...],
+    places: tuple[int | None, ...],
+) -> Hashable:  # fmt: skip
+    """All that torch.compile's guards ask of a call, exactly, so that one with the same key needs none of them: they take longer than many
+    a loop. None where a tensor that is written shares memory with another one."""
+    written = [t.untyped_storage().data_ptr() for t in outs]
+    others = (t for t, place in zip(ins, places, strict=True) if t is not None and place is None)
+    if len(set(written)) < len(written) or any(t.untyped_storage().data_ptr() in written for t in others):
+        return None
+    kinds = tuple(None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in (*outs, *ins))
+    return function, constants, places, kinds, torch.get_num_threads()
+
+
 def _ran(
-    loop: Callable[..., None], function: Callable[..., Any], outs: Sequence[Tensor], ins: Sequence[Tensor | None]
+    function: Callable[..., Any], outs: Sequence[Tensor], ins: Sequence[Tensor | None], constants: tuple[Hashable, ...]
 ) -> bool:
+    """Whether the compiled loop did it."""
+    tensors, places = (*outs, *ins), tuple(_place(t, outs) for t in ins)
     try:
         with torch.no_grad():
+            key = _call_key(function, outs, ins, constants, places)
+            ready = None if key is None else _ready.get(key)
+            if ready is not None:
+                ready.code(*(n if place is None else tensors[place] for place, n in ready.operands))
+                return True
+            loop = _loop(function, outs, ins, constants, places)
+            if loop is None:
+                return False
+            _called.last = None
             loop(list(outs), list(ins))
+            if key is not None:
+                _remember(key, tensors)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever the compiler stumbles over: the result can be had without it
@@ -125,7 +187,20 @@ def _ran(
             f"torch.compile failed on {function.__name__} ({type(error).__name__}: {' '.join(str(error).split())[:300]}); "
             "quantized training goes on with slower operators, bit for bit the same; set QATANA_COMPILE=0 to do without this attempt",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
         return False
     return True
+
+
+def _remember(key: Hashable, tensors: Sequence[Tensor | None]) -> None:
+    """Keep what ran for later calls with this key, unless it took something else than the operands and numbers."""
+    last, _called.last = _called.last, None
+    if last is None:
+        return
+    code, operands = last
+    places = [next((i for i, t in enumerate(tensors) if t is x), None) for x in operands]
+    if all(place is not None or isinstance(x, int) for place, x in zip(places, operands, strict=True)):
+        if len(_ready) >= MOST_READY:
+            _ready.clear()
+        _ready[key] = _Ready(code, [(p, None if p is not None else x) for p, x in zip(places, operands, strict=True)])

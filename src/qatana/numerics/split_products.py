@@ -54,7 +54,7 @@ def transposed_times_levels(
 ) -> Tensor:
     """(g * rows)^T (codes - zero_point) * scale, float32 (K, N).   g (M, K) float32, rows (M, 1) or None, codes (M, N) int8;
     zero_point (an integer) and scale () or None: 0 and 1. Here it is the columns of g that become integers, each by its own largest."""
-    g = g if rows is None else g * rows
+    g = g if rows is None else torch.mul(g, rows, out=buffer("rows scaled", g.shape, torch.float32, g.device))
     most = torch.maximum(g.amax(0), -g.amin(0)).clamp_(min=SMALLEST)
     found = _digits(g, None, most.view(1, -1), codes.shape[1], transposed=True)
     sums = [integer_sum(digit.t(), codes.t(), total) for digit, total in found]

@@ -12,12 +12,17 @@ from torch import Tensor, nn
 
 from qatana.batch import check_finite, evaluating, move, split_inputs
 from qatana.errors import DataError, ModelError
-from qatana.nn import Linear
+from qatana.nn import Embedding, Linear
 from qatana.numerics.compensated import compensated
 from qatana.quantizer import Quantizer, quantizers
 
 MEMORY = 2**31
 """Bytes of sums X X^T that are kept at a time; layers beyond it take another pass over the batches."""
+
+
+TABLE = 0.1
+"""Least damping of an output layer whose weight is the table of an embedding too: looked up, a row is to be near itself in every direction.
+SmolLM2 in 4 bits, times the float perplexity: 1.26 with the table rounded to nearest; 1.19, 1.17 and 1.19 with damping 0.01, 0.1 and 1."""
 
 
 class Compensated(NamedTuple):
@@ -42,14 +47,14 @@ def gptq(
     whose weights are float. The weights themselves change, so that training and `convert` start from there.
 
     loader    yields batches as the model takes them; labels are ignored. `batches` limits how many are used, None: all
-    damping   share of the mean of X X^T's diagonal that is added to it
+    damping   share of the mean of X X^T's diagonal that is added to it; TABLE at least where the weight is an embedding's too
     progress  called with (done, all) passes of batches and layers
-    Left as they are: layers other than linear ones, weights that are an embedding's too, schemes that are no plain integer grid with a
+    Left as they are: layers other than linear ones, weights that two linear layers share, schemes that are no plain integer grid with a
     scale that is held or learned, and layers that get no input.
     Returns: the layers, in order of their names in the model.
     Raises: ModelError before calibration, or if no layer is of that kind; DataError for an empty loader, NaN or infinite values;
     ValueError for a damping that is not above 0."""
-    layers = _layers(model)
+    layers, tables = _layers(model)
     if not layers:
         raise ModelError(
             "gptq needs linear layers whose weights have an integer scheme with a static or learned scale; the model has none"
@@ -79,22 +84,27 @@ def gptq(
         for name, layer in part.items():
             tick()
             if name in sums and float(sums[name].diagonal().sum()) > 0:
-                found.append(_compensate(name, layer, sums.pop(name), damping))
+                found.append(
+                    _compensate(name, layer, sums.pop(name), max(damping, TABLE) if name in tables else damping)
+                )
     return found
 
 
-def _layers(model: nn.Module) -> dict[str, Linear]:
-    """The layers that can be rounded this way."""
-    used: dict[int, int] = {}
+def _layers(model: nn.Module) -> tuple[dict[str, Linear], set[str]]:
+    """The layers that can be rounded this way, and the names of those whose weights are the tables of embeddings too."""
+    users: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         for p in module.parameters(recurse=False):
-            used[id(p)] = used.get(id(p), 0) + 1
-    found = {}
+            users.setdefault(id(p), []).append(module)
+    layers, tables = {}, set()
     for name, module in model.named_modules():
-        quantizer = getattr(module, "weight_quantizer", None)
-        if isinstance(module, Linear) and _fits(quantizer) and used[id(module.weight)] == 1:
-            found[name] = module
-    return found
+        if not isinstance(module, Linear) or not _fits(module.weight_quantizer):
+            continue
+        others = [user for user in users[id(module.weight)] if user is not module]
+        if all(isinstance(user, Embedding) and user.weight_quantizer is module.weight_quantizer for user in others):
+            layers[name] = module
+            tables |= {name} if others else set()
+    return layers, tables
 
 
 def _fits(quantizer: Any) -> bool:

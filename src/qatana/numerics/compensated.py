@@ -18,6 +18,8 @@ from qatana.numerics.scheme import Scheme
 
 COLUMNS = 128
 """Rounded before the rest of the matrix gets their error in one product."""
+ELEMENTS = 2**22
+"""Of a weight worked on at a time: its outputs know nothing of each other."""
 
 
 @torch.no_grad()
@@ -34,13 +36,22 @@ def compensated(w: Tensor, scheme: Scheme, scale: Tensor, zero_point: Tensor, h:
     view = scheme.granularity.view(w)
     s, z = (scheme.granularity.unview(p.broadcast_to(view.shape), w.shape) for p in (scale.float(), zero_point.float()))
     order = h.diagonal().argsort(descending=True, stable=True)
-    w, s, z = (p[:, order].t().contiguous() for p in (w.float(), s, z))  # columns as rows: they are read one by one
-    u, out = _factor(h[order][:, order], damping), torch.empty_like(w)
+    u, out = _factor(h[order][:, order], damping), torch.empty(w.shape, dtype=torch.float32, device=w.device)
+    size = max(1, ELEMENTS // max(1, w.shape[1]))
+    for some in (slice(start, start + size) for start in range(0, len(w), size)):
+        columns, scales, zeros = (p[some][:, order].t().contiguous() for p in (w.float(), s, z))
+        out[some, order] = _columns(columns, scales, zeros, u, scheme).t()
+    return out
+
+
+def _columns(w: Tensor, s: Tensor, z: Tensor, u: Tensor, scheme: Scheme) -> Tensor:
+    """Some outputs, columns of the weight as rows, which are read one by one.   w, s, z (K, N), u (K, K)"""
+    out = torch.empty_like(w)
     for start in range(0, len(w), COLUMNS):
         block = slice(start, min(start + COLUMNS, len(w)))
         out[block], errors = _rounded(w[block], s[block], z[block], u[block, block], scheme)
         w[block.stop :] -= u[block, block.stop :].t() @ errors
-    return out[order.argsort()].t().contiguous()
+    return out
 
 
 def _rounded(w: Tensor, s: Tensor, z: Tensor, u: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:

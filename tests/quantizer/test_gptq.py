@@ -53,8 +53,8 @@ def test_outputs_come_nearer_to_the_float_models() -> None:
 
 def test_a_table_that_is_the_output_layer_too_stays_near_its_rows() -> None:
     """Tied, the weight is looked up as well: it is damped more, moves less, and is on its grid all the same."""
-    found = {}
-    for damping in (0.01, 100.0):
+    found, tables = {}, []
+    for damping in (0.01, 0.1, 100.0):
         model = calibrated()
         table, plain = model.table.weight, model.table.weight_quantizer(model.table.weight).detach()
         assert model.last.weight is table
@@ -62,7 +62,9 @@ def test_a_table_that_is_the_output_layer_too_stays_near_its_rows() -> None:
         qt.gptq(model, batches(), damping=damping)
         assert model.last.weight is model.table.weight
         assert torch.equal(model.table.weight_quantizer(table), table)
+        tables.append(table.detach().clone())
         found[damping] = float((table.detach() - plain + rounded).norm() / rounded.norm())
+    assert torch.equal(tables[0], tables[1]), "damped by 0.1 at least"
     assert 1 < found[0.01] < 2
     assert found[100.0] == pytest.approx(1, abs=0.02)  # X X^T counts for a hundredth: hardly anything is made up for
 

@@ -106,8 +106,8 @@ class TrainingStep:
     def peak_bytes(self) -> int | None:
         """How far a step raises the resident memory of the process above what it is between steps, without gradients (Linux; else None).
         The median of a few steps: how much the C library's heap keeps of what was freed differs by a quarter from one to the next."""
-        found = [self._peak() for _ in range(PEAKS)]
-        return None if None in found else int(median(found))  # type: ignore[type-var]
+        found = [peak for peak in (self._peak() for _ in range(PEAKS)) if peak is not None]
+        return int(median(found)) if found else None
 
     def _peak(self) -> int | None:
         self.optimizer.zero_grad()

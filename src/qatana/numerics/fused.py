@@ -129,6 +129,11 @@ class _Called(threading.local):
 
     last: tuple[Callable[..., Any], tuple[Any, ...]] | None = None
 
+    def take(self) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
+        """What ran since the last time. It is forgotten, or it would keep the operands alive."""
+        last, self.last = self.last, None
+        return last
+
 
 _called = _Called()
 
@@ -175,10 +180,11 @@ def _ran(
             loop = _loop(function, outs, ins, constants, places)
             if loop is None:
                 return False
-            _called.last = None
+            _called.take()
             loop(list(outs), list(ins))
-            if key is not None:
-                _remember(key, tensors)
+            last = _called.take()
+            if key is not None and last is not None:
+                _remember(key, tensors, *last)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever the compiler stumbles over: the result can be had without it
@@ -193,12 +199,10 @@ def _ran(
     return True
 
 
-def _remember(key: Hashable, tensors: Sequence[Tensor | None]) -> None:
+def _remember(
+    key: Hashable, tensors: Sequence[Tensor | None], code: Callable[..., Any], operands: tuple[Any, ...]
+) -> None:
     """Keep what ran for later calls with this key, unless it took something else than the operands and numbers."""
-    last, _called.last = _called.last, None
-    if last is None:
-        return
-    code, operands = last
     places = [next((i for i, t in enumerate(tensors) if t is x), None) for x in operands]
     if all(place is not None or isinstance(x, int) for place, x in zip(places, operands, strict=True)):
         if len(_ready) >= MOST_READY:

@@ -39,6 +39,7 @@ def gptq(
     *,
     batches: int | None = 16,
     damping: float = 0.01,
+    sweeps: int = 3,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Compensated]:
     """Move the weights of linear layers onto their grids so that what the layers put out on these batches changes least.
@@ -48,12 +49,13 @@ def gptq(
 
     loader    yields batches as the model takes them; labels are ignored. `batches` limits how many are used, None: all
     damping   share of the mean of X X^T's diagonal that is added to it; TABLE at least where the weight is an embedding's too
+    sweeps    rounds of coordinate descent after GPTQ: each column again takes the codes that are best while all others stay. 0: GPTQ alone
     progress  called with (done, all) passes of batches and layers
     Left as they are: layers other than linear ones, weights that two linear layers share, schemes that are no plain integer grid with a
     scale that is held or learned, and layers that get no input.
     Returns: the layers, in order of their names in the model.
     Raises: ModelError before calibration, or if no layer is of that kind; DataError for an empty loader, NaN or infinite values;
-    ValueError for a damping that is not above 0."""
+    ValueError for a damping that is not above 0, or sweeps below 0."""
     layers, tables = _layers(model)
     if not layers:
         raise ModelError(
@@ -61,6 +63,8 @@ def gptq(
         )
     if not 0 < damping < float("inf"):
         raise ValueError(f"damping {damping} is not above 0: without it X X^T may have no inverse")
+    if sweeps < 0:
+        raise ValueError(f"sweeps {sweeps} is below 0; 0 is GPTQ alone")
     for layer in layers.values():
         assert layer.weight_quantizer is not None
         layer.weight_quantizer.weight_parameters(layer.matrix)  # raises before calibration, and before batches are run
@@ -84,9 +88,8 @@ def gptq(
         for name, layer in part.items():
             tick()
             if name in sums and float(sums[name].diagonal().sum()) > 0:
-                found.append(
-                    _compensate(name, layer, sums.pop(name), max(damping, TABLE) if name in tables else damping)
-                )
+                damped = max(damping, TABLE) if name in tables else damping
+                found.append(_compensate(name, layer, sums.pop(name), damped, sweeps))
     return found
 
 
@@ -170,12 +173,12 @@ def _sums(
 
 
 @torch.no_grad()
-def _compensate(name: str, layer: Linear, h: Tensor, damping: float) -> Compensated:
+def _compensate(name: str, layer: Linear, h: Tensor, damping: float, sweeps: int) -> Compensated:
     quantizer = layer.weight_quantizer
     assert quantizer is not None
     w = layer.matrix.detach().float().clone()
     plain = quantizer(w)
-    best = compensated(w, quantizer.scheme, *quantizer.weight_parameters(w), h, damping)
+    best = compensated(w, quantizer.scheme, *quantizer.weight_parameters(w), h, damping, sweeps)
     layer.weight.copy_(best.t() if layer.swapped else best)
 
     def size(x: Tensor) -> float:

@@ -76,6 +76,38 @@ def test_outputs_change_less_than_by_plain_rounding() -> None:
     assert error(compensated(w, found, scale, zero, h, 0.01)) < error(plainly(w, found, scale, zero)) / 2
 
 
+@pytest.mark.parametrize("text", ["int4/group32 sym mse", "uint4/group32 asym", "int3/channel"])
+def test_sweeps_end_where_no_single_code_makes_outputs_better(text: str) -> None:
+    """160 columns are two blocks. What every other code of every weight would do to the sum, in closed form and float64:
+    with d the change of one weight,  sum + d^2 H_jj - 2 d ((W - W_hat) H)_j."""
+    found, (w, h) = scheme(text), problem(16, 160, 500)
+    scale, zero = weight_parameters(w, found)
+    damped = h.double() + 0.01 * h.double().diagonal().mean() * torch.eye(160, dtype=torch.float64)
+    view = found.granularity.view(w)
+    s, z = (found.granularity.unview(p.broadcast_to(view.shape), w.shape).double() for p in (scale, zero))
+
+    def cost(out: Tensor) -> float:
+        return float((((w - out).double() @ damped) * (w - out).double()).sum())
+
+    def gain(out: Tensor) -> float:
+        """The most that one code's change saves."""
+        left, codes = (w - out).double() @ damped, (out / s + z).round()
+        others = torch.arange(found.integer.lo, found.integer.hi + 1).view(-1, 1, 1)
+        d = (others - codes) * s
+        return float((2 * d * left - d.square() * damped.diagonal()).max())
+
+    costs = []
+    for sweeps in (0, 1, 3, 30):
+        out = compensated(w, found, scale, zero, h, 0.01, sweeps)
+        assert torch.equal(plainly(out, found, scale, zero), out), "every value is on the grid"
+        costs.append(cost(out))
+        best = gain(out)
+    assert costs == sorted(costs, reverse=True)
+    assert costs[-1] < 0.97 * costs[0]
+    assert gain(compensated(w, found, scale, zero, h, 0.01)) > 1e-3 * costs[-1], "GPTQ alone leaves something"
+    assert best < 1e-6 * costs[-1]  # nothing but float32's rounding of what is left, W - W_hat
+
+
 def test_inputs_that_say_nothing() -> None:
     """Uncorrelated inputs leave nothing to make up for: plain rounding. So do inputs that are all 0, or of which one is."""
     found, (w, _) = scheme("int4/group32 sym"), problem(8, 64, 10)

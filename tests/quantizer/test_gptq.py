@@ -51,6 +51,14 @@ def test_outputs_come_nearer_to_the_float_models() -> None:
     assert error() < before
 
 
+def test_sweeps_take_more_of_the_error_away() -> None:
+    after = [{row.layer: row.after for row in qt.gptq(calibrated(), batches(), sweeps=sweeps)} for sweeps in (0, 3)]
+    assert all(after[1][layer] <= after[0][layer] for layer in after[0])
+    assert after[1]["down"] < after[0]["down"]
+    with pytest.raises(ValueError, match="sweeps -1 is below 0"):
+        qt.gptq(calibrated(), batches(), sweeps=-1)
+
+
 def test_a_table_that_is_the_output_layer_too_stays_near_its_rows() -> None:
     """Tied, the weight is looked up as well: it is damped more, moves less, and is on its grid all the same."""
     found, tables = {}, []

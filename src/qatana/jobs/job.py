@@ -112,19 +112,25 @@ class Calibration(Section):
     batch_size: Count = 32
 
 
+class Gptq(Section):
+    """batches  of the calibration's size; None: the calibration's own"""
+
+    batches: Count | None = None
+
+
 class RecipeSection(Section):
     """One way to quantize: a name (also of the files), a recipe, and the training.
 
     recipe     a target ("ort:int8"), a recipe as a mapping, or the path of a recipe file
     equalize   strength (0 .. 1) with which the float model's channels are equalized first, on the calibration batches; None: not
-    gptq       weights of linear layers are rounded by GPTQ, on the calibration batches
+    gptq       weights of linear layers are rounded by GPTQ, on the calibration batches, or on as many as are asked for: {batches: 32}
     training   None: calibrated only (PTQ)"""
 
     name: str
     recipe: str | dict[str, Any]
     equalize: Annotated[float, Field(ge=0, le=1)] | None = None
     calibration: Calibration = Calibration()
-    gptq: bool = False
+    gptq: bool | Gptq = False
     training: qt.Training | None = None
     batch_size: Count = 32
 

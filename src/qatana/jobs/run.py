@@ -19,7 +19,7 @@ import qatana as qt
 from qatana.files import write_json
 from qatana.jobs import bench, models
 from qatana.jobs.evaluate import ArtifactRunner, FileRunner, Runner, TorchRunner, predict
-from qatana.jobs.job import Job, RecipeSection
+from qatana.jobs.job import Gptq, Job, RecipeSection
 from qatana.jobs.progress import Progress
 from qatana.jobs.stages import Record, Stages
 from qatana.jobs.tasks import Task, spread, task
@@ -121,7 +121,8 @@ class Run:
             save_tensors(model.state_dict(), self.folder / self.state_file(section, PTQ))
             return {"plan": model.qatana_plan.to_dict(), "equalized": equalized, "gptq": rounded}
 
-        asked = {"equalize": section.equalize, "gptq": section.gptq or None}
+        rounding = section.gptq.model_dump() if isinstance(section.gptq, Gptq) else section.gptq or None
+        asked = {"equalize": section.equalize, "gptq": rounding}
         inputs = {
             "float": self.float_(),
             "recipe": self.job.recipe(section).to_dict(),
@@ -293,7 +294,8 @@ class Run:
         """Round weights by GPTQ where the recipe asks for it; what was found."""
         if not section.gptq:
             return []
-        batches = section.calibration.batches
+        own = section.gptq.batches if isinstance(section.gptq, Gptq) else None
+        batches = own or section.calibration.batches
         with self.progress.bar("GPTQ: batches, then layers") as advance:
             found = qt.gptq(
                 model,

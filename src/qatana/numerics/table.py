@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qatana.numerics.workspace import zeros
+from qatana.numerics.workspace import LARGE, zeros
 
 
 @torch.library.custom_op("qatana::table_rows", mutates_args=())
@@ -29,7 +29,12 @@ def _gradient(grad: Tensor, ids: Tensor, rows: int, padding: int) -> Tensor:
     found = torch.ops.aten.embedding_dense_backward(grad, place, len(used), -1, False)
     if padding >= 0:
         found[used == padding] = 0
-    return zeros((rows, grad.shape[-1]), grad.device).index_copy_(0, used.long(), found)
+    shape = (rows, grad.shape[-1])
+    if (
+        len(used) * LARGE > rows * grad.shape[-1] * grad.itemsize
+    ):  # most large pages would be touched: memory used before is faster
+        return torch.zeros(shape).index_copy_(0, used.long(), found)
+    return zeros(shape, grad.device).index_copy_(0, used.long(), found)
 
 
 @_gradient.register_fake

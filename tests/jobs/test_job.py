@@ -12,6 +12,7 @@ import yaml
 
 import qatana as qt
 from qatana.jobs import demo_job, job_of, load_job
+from qatana.jobs.job import RecipeSection
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 
@@ -93,3 +94,17 @@ def test_the_demo_is_the_example_of_that_name() -> None:
     example = Path(__file__).parents[2] / "examples" / "ner-demo.yaml"
     assert (files("qatana.jobs") / "demo.yaml").read_text() == example.read_text()
     assert demo_job().output == "runs/demo"
+
+
+@pytest.mark.parametrize(
+    ("asked", "batches"), [(False, None), (True, 8), ({}, 8), ({"batches": 32}, 32)], ids=["no", "yes", "{}", "own"]
+)
+def test_batches_of_gptq(asked: Any, batches: int | None) -> None:
+    fields = {"name": "w4", "recipe": "ort:int8", "calibration": {"batches": 8}}
+    assert RecipeSection.model_validate(fields | {"gptq": asked}).gptq_batches == batches
+
+
+@pytest.mark.parametrize("asked", [{"batches": 0}, {"batch": 4}])
+def test_gptq_asked_for_wrongly(asked: Any) -> None:
+    with pytest.raises(ValueError, match="gptq"):
+        RecipeSection.model_validate({"name": "w4", "recipe": "ort:int8", "gptq": asked})

@@ -33,6 +33,17 @@ def test_ids_of_32_bits() -> None:
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("count", [2, 500], ids=["few rows", "most pages"])
+def test_gradient_of_a_large_table(count: int) -> None:
+    """12 MB: zeros come from the system for a few rows, from torch for many; repeated ids add up in both."""
+    torch.manual_seed(0)
+    table, ids = torch.randn(3000, 1024, requires_grad=True), torch.randint(3000, (count,)).repeat(2)
+    ours, theirs = (
+        torch.autograd.grad(f(table, ids).sum(), table)[0] for f in (table_rows, lambda t, i: F.embedding(i, t))
+    )
+    assert torch.equal(ours, theirs)
+
+
 def test_ids_outside_and_no_ids() -> None:
     table = torch.randn(5, 4, requires_grad=True)
     with pytest.raises(IndexError):

@@ -136,6 +136,12 @@ class RecipeSection(Section):
 
     _of_training = field_validator("training", mode="before")(_training)
 
+    @property
+    def gptq_batches(self) -> int | None:
+        """On how many batches GPTQ rounds; None: not at all."""
+        own = self.gptq.batches if isinstance(self.gptq, Gptq) else None
+        return own or self.calibration.batches if self.gptq else None
+
     @field_validator("name")
     @classmethod
     def _plain(cls, value: str) -> str:

@@ -292,10 +292,9 @@ class Run:
 
     def _gptq(self, model: nn.Module, section: RecipeSection) -> list[dict[str, Any]]:
         """Round weights by GPTQ where the recipe asks for it; what was found."""
-        if not section.gptq:
+        batches = section.gptq_batches
+        if batches is None:
             return []
-        own = section.gptq.batches if isinstance(section.gptq, Gptq) else None
-        batches = own or section.calibration.batches
         with self.progress.bar("GPTQ: batches, then layers") as advance:
             found = qt.gptq(
                 model,

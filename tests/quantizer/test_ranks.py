@@ -36,7 +36,14 @@ def process(rank: int, port: int, folder: str, parts: list[list[int]], range: st
     except DataError as error:
         Path(f"{folder}/{rank}.txt").write_text(str(error), encoding="utf-8")
     finally:
-        dist.destroy_process_group()
+        leave()
+
+
+def leave() -> None:
+    """Ends a process's part. A worker of gloo that gives a tensor back while its interpreter ends aborts the process
+    (pytorch/pytorch#179291): while this one waits at the barrier, the workers have their turn."""
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def free_port() -> int:
@@ -101,7 +108,7 @@ def follow(rank: int, port: int, folder: str, range: str, world: int) -> None:
             model(batch(*mine))
         controller.step()
         save_file(model.state_dict(), f"{folder}/{rank}-{number}.safetensors")
-    dist.destroy_process_group()
+    leave()
 
 
 def states(folder: Path, range: str) -> list[dict[str, torch.Tensor]]:

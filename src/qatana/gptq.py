@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qatana.batch import check_finite, evaluating, move, split_inputs
 from qatana.errors import DataError, ModelError
 from qatana.nn import Embedding, Linear
-from qatana.numerics.compensated import compensated
+from qatana.numerics.compensated import compensated, unrounded
 from qatana.quantizer import Quantizer, quantizers
 
 MEMORY = 2**31
@@ -42,10 +42,11 @@ def gptq(
     sweeps: int = 3,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Compensated]:
-    """Move the weights of linear layers onto their grids so that what the layers put out on these batches changes least.
+    """Give the weights of linear layers the codes with which what the layers put out on these batches changes least.
 
     For a model that `calibrate` has settled; its scales stay as they are. Inputs are those that the layers multiply: quantized, of a model
-    whose weights are float. The weights themselves change, so that training and `convert` start from there.
+    whose weights are float. The weights themselves change, so that training and `convert` start from there: each becomes the number that
+    would be best while all others have their codes, of which its code is the nearest. So a training changes first what costs least.
 
     loader    yields batches as the model takes them; labels are ignored. `batches` limits how many are used, None: all
     damping   share of the mean of X X^T's diagonal that is added to it; TABLE at least where the weight is an embedding's too
@@ -178,8 +179,10 @@ def _compensate(name: str, layer: Linear, h: Tensor, damping: float, sweeps: int
     assert quantizer is not None
     w = layer.matrix.detach().float().clone()
     plain = quantizer(w)
-    best = compensated(w, quantizer.scheme, *quantizer.weight_parameters(w), h, damping, sweeps)
-    layer.weight.copy_(best.t() if layer.swapped else best)
+    parameters = quantizer.weight_parameters(w)
+    best = compensated(w, quantizer.scheme, *parameters, h, damping, sweeps)
+    start = unrounded(w, best, quantizer.scheme, *parameters, h, damping)
+    layer.weight.copy_(start.t() if layer.swapped else start)
 
     def size(x: Tensor) -> float:
         return float(((x @ h) * x).sum())

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qatana.errors import DataError
 from qatana.numerics import Scheme, scheme
-from qatana.numerics.compensated import compensated
+from qatana.numerics.compensated import EDGE, compensated, unrounded
 from qatana.quantizer.ranges import weight_parameters
 
 
@@ -106,6 +106,26 @@ def test_sweeps_end_where_no_single_code_makes_outputs_better(text: str) -> None
     assert costs[-1] < 0.97 * costs[0]
     assert gain(compensated(w, found, scale, zero, h, 0.01)) > 1e-3 * costs[-1], "GPTQ alone leaves something"
     assert best < 1e-6 * costs[-1]  # nothing but float32's rounding of what is left, W - W_hat
+
+
+@pytest.mark.parametrize("text", ["int4/group32 sym mse", "uint4/group32 asym", "int3/channel"])
+def test_unrounded_is_best_while_the_others_stay(text: str) -> None:
+    """The sum's derivative by one weight, with that weight there and all others on their codes, is 0:  d/dx_j = 2 (x - w) H e_j."""
+    found, (w, h) = scheme(text), problem(16, 160, 500)
+    scale, zero = weight_parameters(w, found)
+    best = compensated(w, found, scale, zero, h, 0.01, 3)
+    start = unrounded(w, best, found, scale, zero, h, 0.01)
+    assert torch.equal(plainly(start, found, scale, zero), best)
+    damped = h.double() + 0.01 * h.double().diagonal().mean() * torch.eye(160, dtype=torch.float64)
+    view = found.granularity.view(w)
+    s = found.granularity.unview(scale.broadcast_to(view.shape), w.shape).abs()
+    away = (start - best).abs() / s
+    assert float(away.max()) <= EDGE + 1e-5
+    slope = (best - w).double() @ damped + (start - best).double() * damped.diagonal()
+    free = away < EDGE - 1e-4
+    assert 0.9 < float(free.float().mean()) < 1
+    size = (s.double() * damped.diagonal()).broadcast_to(slope.shape)
+    assert float((slope / size).abs()[free].max()) < 1e-4  # float32 sums of 160 products, in codes
 
 
 def test_inputs_that_say_nothing() -> None:

@@ -64,11 +64,12 @@ CNN = {"lr": 1e-2, "optimizer": "sgd", "freeze_batch_norm_at": 8, "freeze_ranges
 
 
 @pytest.mark.parametrize("kind", ["noisy", "list", "shuffled"])
-@pytest.mark.parametrize("name", ["two_bits", "cnn", "float start"])
+@pytest.mark.parametrize("name", ["two_bits", "by codes", "cnn", "float start"])
 def test_resumed_equals_uninterrupted(name, kind, cnn, two_bits, images, vectors, tmp_path) -> None:
-    make = two_bits if name == "two_bits" else cnn
-    batches = vectors if name == "two_bits" else images
-    fields: dict[str, Any] = TWO_BITS if name == "two_bits" else CNN
+    vector = name in ("two_bits", "by codes")
+    make, batches = (two_bits, vectors) if vector else (cnn, images)
+    fields: dict[str, Any] = TWO_BITS if vector else CNN
+    fields = {**fields, "code_lr": 0.02} if name == "by codes" else fields
     fields = {**fields, "steps": 14, "sample_every": 3, "seed": 7} | (
         {"float_steps": 6} if name == "float start" else {}
     )

@@ -62,6 +62,10 @@ class Slot(nn.Module):
         """Contiguous, as codes are: products of matrices in another order of memory differ in their last bits."""
         return to_matrix(self._owner[0].float_weight(self.parameter), self.layout).contiguous()
 
+    def parameter_itself(self) -> Tensor:
+        """The weight in the layer's own shape: its parameter, or what a parametrization computes."""
+        return self._owner[0].float_weight(self.parameter)
+
     def input(self, x: Tensor) -> Tensor:
         """What the weight is multiplied by, quantized."""
         return x if self.input_quantizer is None else self.input_quantizer(x)

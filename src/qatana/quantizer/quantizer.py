@@ -158,19 +158,33 @@ class Quantizer(nn.Module):
     def _used_scale(self, elements: int | None) -> Tensor:
         if not self.learned:
             return self.scale
+        factor = self._gradient_factor(elements) if elements else 1.0
+        return scale_gradient(self.used_scale(), factor) if factor != 1.0 else self.used_scale()
+
+    def used_scale(self) -> Tensor:
+        """A learned scale as it is used, which training may have taken to 0."""
+        tiny = torch.where(self.scale < 0, -SMALLEST_SCALE, SMALLEST_SCALE)
+        return torch.where(self.scale.abs() < SMALLEST_SCALE, tiny, self.scale)
+
+    def _gradient_factor(self, elements: int) -> float:
+        """LSQ's 1 / sqrt(elements * hi)."""
         format = self.scheme.format
         largest = format.hi if isinstance(format, IntFormat) else getattr(format, "largest", 1)
-        factor = ((elements or 1) * max(1, largest)) ** -0.5 if elements else 1.0
-        tiny = torch.where(self.scale < 0, -SMALLEST_SCALE, SMALLEST_SCALE)
-        scale = torch.where(self.scale.abs() < SMALLEST_SCALE, tiny, self.scale)
-        return scale_gradient(scale, factor) if factor != 1.0 else scale
+        return (elements * max(1, largest)) ** -0.5
+
+    def weight_gradient_factor(self, weight: Tensor) -> float:
+        """What the gradient of a weight's learned scale was multiplied by (LSQ, Esser et al. 2020, section 2.2)."""
+        return self._gradient_factor(self._elements(weight))
+
+    def _elements(self, weight: Tensor) -> int:
+        return max(1, weight.numel() // max(1, self.scale.numel()))
 
     def weight_parameters(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point for a weight now: from its values if dynamic, else the state."""
         if self.scheme.scale == "dynamic":
             return weight_parameters(weight, self.scheme)
         self._require_calibrated()
-        return self._used_scale(weight.numel() // max(1, self.scale.numel())), self.zero_point
+        return self._used_scale(self._elements(weight)), self.zero_point
 
     def given(self, weight: Tensor) -> dict[str, Any]:
         """What `numerics.stored.store` needs to know besides the weight: its scale and zero point, or its held parameters, or nothing

@@ -1,5 +1,6 @@
 """Training with quantization in the loop: schedule, groups, distillation, presets, a loop that resumes exactly."""
 
+from qatana.train.code_units import CodeUnits
 from qatana.train.controller import Controller
 from qatana.train.distill import distillation_loss, hidden_state_loss
 from qatana.train.failure import TrainingError
@@ -10,6 +11,7 @@ from qatana.train.training import Training, preset, training_of
 from qatana.train.watch import watching
 
 __all__ = [
+    "CodeUnits",
     "Controller",
     "History",
     "Training",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 from qatana.errors import DataError, nearest
 from qatana.quantizer import quantizers
 from qatana.train.checkpoint import Checkpoint, find, model_tensors, restore_model
+from qatana.train.code_units import CodeUnits
 from qatana.train.controller import Controller
 from qatana.train.failure import TrainingError, diverged
 from qatana.train.groups import parameter_groups
@@ -94,6 +96,7 @@ class Run:
             seed(self.training.seed)
         self.controller = self._controller()
         self.optimizer = _optimizer(self.model, self.training)
+        self.units = None if self.training.code_lr is None else CodeUnits(self.model)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         if saved is None:
             self.watch.begin()
@@ -133,7 +136,8 @@ class Run:
             raise self._diverged("loss", value, batch)
         loss.backward()
         norm = self._clip(batch)
-        self.optimizer.step()
+        with nullcontext() if self.units is None else self.units.step():
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         record = {
             "step": self.step + 1,
@@ -243,7 +247,8 @@ class Run:
 
 
 def _optimizer(model: nn.Module, training: Training) -> torch.optim.Optimizer:
-    groups = parameter_groups(model, training.lr, training.weight_decay, training.scale_lr, factors=training.lr_factors)
+    t = training
+    groups = parameter_groups(model, t.lr, t.weight_decay, t.scale_lr, code_lr=t.code_lr, factors=t.lr_factors)
     if training.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=training.lr, momentum=training.momentum, fused=True)
     return torch.optim.AdamW(groups, lr=training.lr, betas=training.betas, eps=training.eps, fused=True)

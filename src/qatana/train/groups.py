@@ -5,7 +5,9 @@ Weight decay belongs to the matrices and convolution kernels that multiply activ
 * embedding tables: a batch has gradients for the rows it uses, but decoupled decay shrinks every row at every
   step, and rows that never occur would lose their pretrained codes;
 * learned scales: decay pulls them to 0, towards ever more clipping. They have a rate of their own too, since an
-  Adam step is about lr in absolute size, whatever the size of the scale."""
+  Adam step is about lr in absolute size, whatever the size of the scale.
+
+Weights that are stepped by codes (`CodeUnits`) have a rate of their own, as their unit is another."""
 
 from __future__ import annotations
 
@@ -18,7 +20,10 @@ from torch import nn
 from qatana.errors import ModelError
 from qatana.nn.embedding import Embedding
 from qatana.quantizer import Quantizer
+from qatana.train.code_units import coded_weights
 from qatana.train.failure import TrainingError
+
+ORDER = ("weights", "codes", "plain", "tables", "scales")
 
 
 def parameter_groups(
@@ -27,14 +32,17 @@ def parameter_groups(
     weight_decay: float,
     scale_lr: float | None = None,
     *,
+    code_lr: float | None = None,
     factors: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Groups for a torch optimizer: {"name", "params", "lr", "weight_decay"}, in a fixed order, none empty.
 
     "weights"  parameters of two and more dimensions, with `weight_decay`
     "plain"    biases, norms and embedding tables, without
+    "codes"    if `code_lr` is given: weights that `CodeUnits` steps by codes, with `weight_decay`, at that rate
+    "tables"   if `code_lr` is given: embedding tables among them, without, at that rate
     "scales"   learned scales of quantizers, without, at `scale_lr` (None: lr)
-    factors    {name pattern: multiple of lr}, the first match wins, e.g. {"classifier*": 10}: such parameters
+    factors    {name pattern: multiple of the rate}, the first match wins, e.g. {"classifier*": 10}: such parameters
                have groups of their own
     A tied parameter appears once; one that needs no gradient does not appear.
     Raises: TrainingError for negative rates; ModelError if nothing is left to train."""
@@ -42,6 +50,7 @@ def parameter_groups(
         "lr": lr,
         "weight_decay": weight_decay,
         "scale_lr": lr if scale_lr is None else scale_lr,
+        "code_lr": 0.0 if code_lr is None else code_lr,
     }.items():
         if not value >= 0:
             raise TrainingError(f"{name}={value} must be a number of at least 0")
@@ -51,12 +60,17 @@ def parameter_groups(
             scales.add(id(module.scale))
         elif isinstance(module, (Embedding, nn.Embedding, nn.EmbeddingBag)):
             tables.add(id(module.weight))
+    coded = set() if code_lr is None else {id(one.weight) for one in coded_weights(model)}
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if id(parameter) in scales:
             kind, rate, decay = "scales", lr if scale_lr is None else scale_lr, 0.0
+        elif id(parameter) in coded:
+            assert code_lr is not None
+            table = id(parameter) in tables
+            kind, rate, decay = "tables" if table else "codes", code_lr, 0.0 if table else weight_decay
         elif parameter.ndim < 2 or id(parameter) in tables:
             kind, rate, decay = "plain", lr, 0.0
         else:
@@ -70,6 +84,4 @@ def parameter_groups(
         raise ModelError(
             "no parameter of the model needs a gradient; call requires_grad_(True) on what is to be trained"
         )
-    return [
-        groups[kind] for kind in sorted(groups, key=lambda k: (("weights", "plain", "scales").index(k.split()[0]), k))
-    ]
+    return [groups[kind] for kind in sorted(groups, key=lambda kind: (ORDER.index(kind.split()[0]), kind))]

@@ -25,8 +25,10 @@ class Training(BaseModel):
     lr, optimizer     "adamw" (betas, eps) or "sgd" (momentum)
     weight_decay      of matrices only (see parameter_groups)
     warmup, schedule, final_lr    lr rises linearly over `warmup` (steps or share), then falls to final_lr * lr
+    code_lr           rate of weights whose scale is learned, in codes: they and all learned scales are stepped in their own units (see
+                      CodeUnits), so that scale_lr counts in shares of a scale (None: all in their absolute size, at lr)
     scale_lr          rate of learned scales (None: lr)
-    lr_factors        {name pattern: multiple of lr}
+    lr_factors        {name pattern: multiple of its rate}
     frozen            name patterns of parameters that do not train
     clip              largest gradient norm (None: no clipping)
     autocast          "bfloat16": forward passes (the teacher's too) run under torch.autocast. Losses, gradients, optimizer and scales stay
@@ -51,6 +53,7 @@ class Training(BaseModel):
     warmup: When = 0.1
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     final_lr: Share = 0.0
+    code_lr: Positive | None = None
     scale_lr: NotNegative | None = None
     lr_factors: dict[str, NotNegative] = {}
     frozen: tuple[str, ...] = ()
@@ -70,6 +73,11 @@ class Training(BaseModel):
     def _one_length(self) -> Training:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(f"give exactly one of steps and epochs, not steps={self.steps}, epochs={self.epochs}")
+        if self.code_lr is not None and self.float_steps:
+            raise ValueError(
+                f"code_lr={self.code_lr} with float_steps={self.float_steps}: before their scales are known, weights have no codes to be "
+                f"stepped by; start from a calibrated model (float_steps=0) or leave code_lr out"
+            )
         return self
 
     def total_steps(self, loader: Any) -> int:

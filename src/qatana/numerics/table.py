@@ -32,7 +32,7 @@ def _gradient(grad: Tensor, ids: Tensor, rows: int, padding: int) -> Tensor:
     shape = (rows, grad.shape[-1])
     if len(used) * LARGE > rows * grad.shape[-1] * grad.itemsize:
         # About half of the large pages or more would be touched and cleared: memory that was used before is faster.
-        return torch.zeros(shape).index_copy_(0, used.long(), found)
+        return torch.zeros(shape, device=grad.device).index_copy_(0, used.long(), found)
     return zeros(shape, grad.device).index_copy_(0, used.long(), found)
 
 

@@ -108,6 +108,19 @@ def test_an_adam_step_is_a_step_of_codes_and_of_shares(weight: str, swapped: boo
         torch.testing.assert_close(one.blocks(one.weight.detach())[0], expected, rtol=1e-6, atol=1e-7)
 
 
+def test_a_gradient_that_lies_otherwise_in_memory_is_stepped_the_same() -> None:
+    """A copy of its blocks would be stepped in vain."""
+    stepped = []
+    for lay in (torch.clone, lambda gradient: gradient.t().contiguous().t()):
+        model = prepared("int4/group32 sym learned mse")
+        model(IDS).square().sum().backward()
+        model.middle.weight.grad = lay(model.middle.weight.grad)
+        with CodeUnits(model).step():
+            torch.optim.SGD(model.parameters(), lr=0.01).step()
+        stepped.append(model.middle.weight.detach())
+    assert torch.equal(*stepped)
+
+
 def test_without_a_gradient_nothing_moves() -> None:
     """A scale keeps its bits, a weight is divided and multiplied: 1 ulp."""
     model = prepared(WEIGHTS[0])

@@ -99,6 +99,8 @@ class CodeUnits:
             weight, (gradient, scale_gradient) = one.weight, (one.weight.grad, one.quantizer.scale.grad)
             assert gradient is not None
             assert scale_gradient is not None
+            if gradient.stride() != weight.stride():  # what a caller has set: its block view would be a copy
+                gradient = weight.grad = torch.empty_like(weight).copy_(gradient)
             scale_gradient.div_(one.quantizer.weight_gradient_factor(weight))
             size = stepped[id(one.quantizer.scale)].abs()
             for w, g, s, r in _pieces(one.blocks(weight, gradient), [size, scale_gradient]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import qatana as qt
@@ -109,15 +110,22 @@ def test_an_adam_step_is_a_step_of_codes_and_of_shares(weight: str, swapped: boo
 
 
 def test_a_gradient_that_lies_otherwise_in_memory_is_stepped_the_same() -> None:
-    """A copy of its blocks would be stepped in vain."""
+    """The blocks of a stack of experts are a view of a gradient that lies as its weight does; else they are a copy, stepped in vain."""
     stepped = []
-    for lay in (torch.clone, lambda gradient: gradient.t().contiguous().t()):
-        model = prepared("int4/group32 sym learned mse")
-        model(IDS).square().sum().backward()
-        model.middle.weight.grad = lay(model.middle.weight.grad)
+    for lay in (torch.clone, lambda gradient: gradient.transpose(1, 2).contiguous().transpose(1, 2)):
+        torch.manual_seed(0)
+        model = MixtralForCausalLM(MixtralConfig(
+            vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+            num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2, pad_token_id=0,
+        ))  # fmt: skip
+        recipe = qt.recipe("torch", weight="int4/group16 sym learned mse")
+        model = qt.calibrate(qt.prepare(model, qt.plan(model, recipe, {"input_ids": IDS})), [{"input_ids": IDS}])
+        (stack,) = (one for one in coded_weights(model) if one.weight.shape == (4, 96, 32))
+        model(input_ids=IDS).logits.square().sum().backward()
+        stack.weight.grad = lay(stack.weight.grad)
         with CodeUnits(model).step():
-            torch.optim.SGD(model.parameters(), lr=0.01).step()
-        stepped.append(model.middle.weight.detach())
+            torch.optim.SGD([stack.weight], lr=0.01).step()
+        stepped.append(stack.weight.detach())
     assert torch.equal(*stepped)
 
 

@@ -26,6 +26,7 @@ from qatana.numerics import FloatFormat, Scheme, fake_quantize_by, scheme
         (scheme("bitnet"), "int2n/tensor sym dynamic rule=absmean", 2),
         (scheme("binary"), "binary/channel sym dynamic", 1),
         (scheme("fp8:e4m3/token"), "e4m3/token sym dynamic", 8),
+        (scheme("int8/token asym"), "int8/token asym dynamic", 8),
         (scheme("fp8:e5m2/tensor"), "e5m2/tensor sym static minmax", 8),
         (scheme("float(3,3)/group32", scale="learned"), "float(3,3)/group32 sym learned minmax", 8),
         (scheme("gguf:q4_0"), "gguf:q4_0/group32 sym dynamic", 4.5),

@@ -162,10 +162,13 @@ class Scheme:
 
     @classmethod
     def parse(cls, text: str) -> Scheme:
-        """The scheme that `str` wrote: "int4/group32 sym learned mse", "e2m1/group32 sym dynamic e8m0:floor"."""
+        """The scheme that `str` wrote: "int4/group32 sym learned mse", "e2m1/group32 sym dynamic e8m0:floor". Per token is dynamic,
+        written or not."""
         head, *words = text.split(" ")
         format, _, granularity = head.rpartition("/")
         data: dict[str, Any] = {"format": format, "granularity": granularity}
+        if granularity == "token":
+            data["scale"] = "dynamic"
         for word in words:
             key, _, value = word.partition("=")
             if word in ("sym", "asym"):

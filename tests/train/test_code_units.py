@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
 import qatana as qt
 from qatana.errors import RecipeError
 from qatana.numerics.by_scheme import fake_quantize_by
 from qatana.train import CodeUnits, parameter_groups, training_of
-from qatana.train.code_units import CodedWeight, coded_weights
+from qatana.train.code_units import CodedWeight, coded_weights, norm_weights
 
 
 class Tied(nn.Module):
@@ -170,6 +172,43 @@ def test_weights_of_other_kinds_keep_their_own_size() -> None:
     assert coded_weights(conv) == []
     groups = parameter_groups(conv, 1e-3, 0.1, 1e-4, code_lr=0.01)
     assert [(g["name"], g["lr"]) for g in groups] == [("weights", 1e-3), ("plain", 1e-3), ("scales", 1e-4)]
+
+
+def test_norms_that_multiply_are_stepped_by_shares_of_themselves() -> None:
+    """Adam's first step is lr * sign(gradient): g = g_0 exp(-lr sign). Weights of 1e-3 and of 10, of either sign; a 0 stays."""
+    model = nn.Sequential(LlamaRMSNorm(8), nn.LayerNorm(8), nn.RMSNorm(8))
+    with torch.no_grad():
+        for norm in model:
+            norm.weight.copy_(torch.tensor([1e-3, -1e-3, 0.1, 1.0, -1.0, 3.0, 10.0, 0.0]))
+    groups = parameter_groups(model, 0.5, 0.1, 0.01, code_lr=0.1, factors={"2.*": 2.0})
+    assert [(g["name"], g["lr"], g["weight_decay"], len(g["params"])) for g in groups] == [
+        ("plain", 0.5, 0.0, 1), ("norms", 0.01, 0.0, 2), ("norms 2.*", 0.02, 0.0, 1),
+    ]  # fmt: skip
+    torch.manual_seed(0)
+    (model(torch.randn(4, 8)) * torch.randn(4, 8)).sum().backward()
+    before = [(norm.weight.detach().clone(), norm.weight.grad.clone()) for norm in model]
+    optimizer = torch.optim.AdamW(groups, eps=1e-30)
+    with CodeUnits(model).step():
+        optimizer.step()
+    for norm, rate, (w, gradient) in zip(model, (0.01, 0.01, 0.02), before, strict=True):
+        expected = w * torch.exp(-rate * (w * gradient).sign())
+        torch.testing.assert_close(norm.weight.detach(), expected, rtol=1e-6, atol=0)  # float32: exp and two products
+
+
+def test_norms_that_multiply_by_another_number_than_their_weight_keep_their_size() -> None:
+    """Gemma's multiply by 1 + weight; a batch norm is folded; a norm over images takes no rows; a frozen one is not trained."""
+
+    class ImageLayerNorm(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    assert norm_weights(nn.Sequential(GemmaRMSNorm(8), nn.BatchNorm1d(8), ImageLayerNorm(8))) == []
+    norm = nn.LayerNorm(8)
+    norm.weight.requires_grad_(False)
+    assert norm_weights(norm) == []
+    model = nn.Sequential(nn.LayerNorm(8), norm)
+    model[1].weight = model[0].weight.requires_grad_()
+    assert len(norm_weights(model)) == 1
 
 
 def test_codes_need_scales() -> None:

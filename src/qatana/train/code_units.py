@@ -1,4 +1,4 @@
-"""Code units: an optimizer steps weights by codes, and learned scales by shares of themselves."""
+"""Code units: an optimizer steps weights by codes, learned scales and the weights of norms by shares of themselves."""
 
 from __future__ import annotations
 
@@ -59,21 +59,52 @@ def _coded(module: nn.Module) -> CodedWeight | None:
     )
 
 
+NormWeight = tuple[nn.Parameter, Tensor]
+"""The weight of a norm, and what it was before the step."""
+
+
+def norm_weights(model: nn.Module) -> list[nn.Parameter]:
+    """The trainable weights of layer norms and RMS norms that multiply the channels, each once.
+
+    Told by what a module computes, not by its class: with all weights 0 its output no longer depends on its input. Gemma's norms, which
+    multiply by 1 + weight, are not among them."""
+    found: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        named = type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
+        trained = isinstance(weight, nn.Parameter) and weight.ndim == 1 and weight.requires_grad
+        if named and trained and _multiplies(module, weight):
+            found[id(weight)] = weight
+    return list(found.values())
+
+
+@torch.no_grad()
+def _multiplies(norm: nn.Module, weight: Tensor) -> bool:
+    rows = torch.linspace(-1, 1, 2 * weight.numel(), dtype=weight.dtype, device=weight.device).reshape(2, -1)
+    rows[1] = rows[1].square()  # else it may be the first one's normalized twin
+    try:
+        first, second = torch.func.functional_call(norm, {"weight": torch.zeros_like(weight)}, (rows,))
+    except (RuntimeError, IndexError, TypeError, ValueError):  # one over images, or with a second input
+        return False
+    return torch.equal(first, second)
+
+
 class CodeUnits:
     """A change of variables around an optimizer's step:   with CodeUnits(model).step(): optimizer.step()
 
     A weight w and the scale s that its quantizer learns are stepped as u and r, where  w = |s| u  and  s = s_0 e^r:
         u = w / |s_0|,    dL/du = |s_0| dL/dw
         r = 0,            dL/dr = s_0 dL/ds + sum over the block of w dL/dw
-    Learned scales of other tensors have the first term of dL/dr alone.
+    Learned scales of other tensors have the first term of dL/dr alone, and a norm's weight g (`norm_weights`) is stepped as a scale is:
+        g = g_0 e^r,      dL/dr = g_0 dL/dg
 
     A step of Adam then moves a weight by about lr codes and a scale by about lr_s of itself, in every block: with one rate for all, blocks
     of small scales flip their codes by noise where those of large ones hardly move. And LSQ's gradient of s alone is the rounding error, 0
     for weights that lie on their grid; both terms together are  sum of x_hat dL/dx_hat,  what a larger scale does to the layer while the
-    codes stay."""
+    codes stay. Norms' weights differ by orders of magnitude too, from layer to layer and, once channels are equalized, within one."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.weights = coded_weights(model)
+        self.weights, self.norms = coded_weights(model), norm_weights(model)
         modules = (m for m in model.modules() if isinstance(m, Quantizer) and m.learned and m.scale.requires_grad)
         self.quantizers = list({id(m.scale): m for m in modules}.values())
 
@@ -82,14 +113,19 @@ class CodeUnits:
         """Inside, parameters and gradients are those of u and r. What has no gradient is left as it is."""
         stepped = {id(q.scale): q.used_scale().detach().clone() for q in self.quantizers if q.scale.grad is not None}
         coded = [c for c in self.weights if id(c.quantizer.scale) in stepped and c.weight.grad is not None]
-        self._enter(stepped, coded)
+        norms = [(g, g.detach().clone()) for g in self.norms if g.grad is not None]
+        self._enter(stepped, coded, norms)
         try:
             yield
         finally:
-            self._leave(stepped, coded)
+            self._leave(stepped, coded, norms)
 
     @torch.no_grad()
-    def _enter(self, stepped: dict[int, Tensor], coded: list[CodedWeight]) -> None:
+    def _enter(self, stepped: dict[int, Tensor], coded: list[CodedWeight], norms: list[NormWeight]) -> None:
+        for g, g_0 in norms:
+            assert g.grad is not None
+            g.grad.mul_(g_0)
+            g.zero_()
         for quantizer in self.quantizers:
             if id(quantizer.scale) in stepped:
                 assert quantizer.scale.grad is not None
@@ -109,7 +145,9 @@ class CodeUnits:
                 w.div_(s)
 
     @torch.no_grad()
-    def _leave(self, stepped: dict[int, Tensor], coded: list[CodedWeight]) -> None:
+    def _leave(self, stepped: dict[int, Tensor], coded: list[CodedWeight], norms: list[NormWeight]) -> None:
+        for g, g_0 in norms:
+            g.exp_().mul_(g_0)
         for quantizer in self.quantizers:
             if id(quantizer.scale) in stepped:
                 quantizer.scale.exp_().mul_(stepped[id(quantizer.scale)])

@@ -7,7 +7,8 @@ Weight decay belongs to the matrices and convolution kernels that multiply activ
 * learned scales: decay pulls them to 0, towards ever more clipping. They have a rate of their own too, since an
   Adam step is about lr in absolute size, whatever the size of the scale.
 
-Weights that are stepped by codes (`CodeUnits`) have a rate of their own, as their unit is another."""
+Weights that are stepped by codes (`CodeUnits`) have a rate of their own, as their unit is another; norms that are stepped by shares of
+themselves have the rate of scales, whose unit is the same."""
 
 from __future__ import annotations
 
@@ -20,10 +21,10 @@ from torch import nn
 from qatana.errors import ModelError
 from qatana.nn.embedding import Embedding
 from qatana.quantizer import Quantizer
-from qatana.train.code_units import coded_weights
+from qatana.train.code_units import coded_weights, norm_weights
 from qatana.train.failure import TrainingError
 
-ORDER = ("weights", "codes", "plain", "tables", "scales")
+ORDER = ("weights", "codes", "plain", "tables", "norms", "scales")
 
 
 def parameter_groups(
@@ -41,6 +42,7 @@ def parameter_groups(
     "plain"    biases, norms and embedding tables, without
     "codes"    if `code_lr` is given: weights that `CodeUnits` steps by codes, with `weight_decay`, at that rate
     "tables"   if `code_lr` is given: embedding tables among them, without, at that rate
+    "norms"    if `code_lr` is given: norms' weights that `CodeUnits` steps by shares of themselves, without, at `scale_lr` (None: lr)
     "scales"   learned scales of quantizers, without, at `scale_lr` (None: lr)
     factors    {name pattern: multiple of the rate}, the first match wins, e.g. {"classifier*": 10}: such parameters
                have groups of their own
@@ -61,12 +63,14 @@ def parameter_groups(
         elif isinstance(module, (Embedding, nn.Embedding, nn.EmbeddingBag)):
             tables.add(id(module.weight))
     coded = set() if code_lr is None else {id(one.weight) for one in coded_weights(model)}
+    norms = set() if code_lr is None else {id(weight) for weight in norm_weights(model)}
+    share_lr = lr if scale_lr is None else scale_lr
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if id(parameter) in scales:
-            kind, rate, decay = "scales", lr if scale_lr is None else scale_lr, 0.0
+        if id(parameter) in scales | norms:
+            kind, rate, decay = "scales" if id(parameter) in scales else "norms", share_lr, 0.0
         elif id(parameter) in coded:
             assert code_lr is not None
             table = id(parameter) in tables

@@ -25,9 +25,9 @@ class Training(BaseModel):
     lr, optimizer     "adamw" (betas, eps) or "sgd" (momentum)
     weight_decay      of matrices only (see parameter_groups)
     warmup, schedule, final_lr    lr rises linearly over `warmup` (steps or share), then falls to final_lr * lr
-    code_lr           rate of weights whose scale is learned, in codes: they and all learned scales are stepped in their own units (see
-                      CodeUnits), so that scale_lr counts in shares of a scale (None: all in their absolute size, at lr)
-    scale_lr          rate of learned scales (None: lr)
+    code_lr           rate of weights whose scale is learned, in codes: they, all learned scales and norms' weights are stepped in their own
+                      units (see CodeUnits), so that scale_lr counts in shares of a scale (None: all in their absolute size, at lr)
+    scale_lr          rate of learned scales, and with code_lr of norms' weights, in shares of themselves (None: lr)
     lr_factors        {name pattern: multiple of its rate}
     frozen            name patterns of parameters that do not train
     clip              largest gradient norm (None: no clipping)

@@ -19,7 +19,7 @@ from qatana.export import export, export_float
 from qatana.gptq import gptq
 from qatana.nn import quantize_gradients, register_layer
 from qatana.numerics import Scheme, register_format, scheme
-from qatana.prepare import equalize, plan, prepare
+from qatana.prepare import equalize, plan, prepare, reorder
 from qatana.ptq import ptq
 from qatana.quantizer import Quantizer, quantizers
 from qatana.recipe import TARGETS, Plan, Recipe, Rule, recipe, register_target
@@ -88,6 +88,7 @@ __all__ = [
     "register_layer",
     "register_target",
     "render",
+    "reorder",
     "run_file",
     "scheme",
     "start_from",

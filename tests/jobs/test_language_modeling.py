@@ -221,6 +221,21 @@ def test_channels_are_equalized_where_a_recipe_asks(data: dict[str, Any], tmp_pa
     assert not torch.equal(ratio, torch.ones_like(ratio))
 
 
+def test_channels_are_reordered_where_a_recipe_asks(data: dict[str, Any], tmp_path: Path) -> None:
+    plain, [section] = Run(job_of(data), tmp_path, 0, Progress()), [dict(data["recipes"][0]) | {"reorder": 8}]
+    plain.ptq(plain.job.recipes[0])
+    run = Run(job_of(data | {"recipes": [section]}), tmp_path, 0, Progress())
+    record = run.ptq(run.job.recipes[0])
+    assert not record.skipped, "another start is another model"
+    rows = record.result["reordered"]
+    assert [row["consumers"] for row in rows] == [[f"model.layers.{i}.mlp.down_proj.weight"] for i in range(len(rows))]
+    assert rows
+    moved, name = run.model(run.job.recipes[0], "ptq").state_dict(), "model.layers.0.mlp.up_proj.weight"
+    before = run.float_model().state_dict()[name]
+    assert not torch.equal(moved[name], before)
+    assert torch.equal(moved[name].sort(0).values, before.sort(0).values)
+
+
 def test_generated_text_of_the_integers_is_that_of_the_trained_model(data: dict[str, Any], tmp_path: Path) -> None:
     """What examples/smollm2.py shows: a prepared model of a job, as integers through Hugging Face's files."""
     from transformers import AutoModelForCausalLM

@@ -123,12 +123,14 @@ class RecipeSection(Section):
 
     recipe     a target ("ort:int8"), a recipe as a mapping, or the path of a recipe file
     equalize   strength (0 .. 1) with which the float model's channels are equalized first, on the calibration batches; None: not
+    reorder    channels that share a scale: those between linear layers are sorted first, so that like ones share it; None: not
     gptq       weights of linear layers are rounded by GPTQ, on the calibration batches, or on as many as are asked for: {batches: 32}
     training   None: calibrated only (PTQ)"""
 
     name: str
     recipe: str | dict[str, Any]
     equalize: Annotated[float, Field(ge=0, le=1)] | None = None
+    reorder: Annotated[int, Field(ge=2, strict=True)] | None = None
     calibration: Calibration = Calibration()
     gptq: bool | Gptq = False
     training: qt.Training | None = None

@@ -109,20 +109,25 @@ class Run:
         return self.float_model() if done else models.build(self.job, self.task.classes, self.seed)
 
     def ptq(self, section: RecipeSection) -> Record:
-        """Equalize if asked, plan, prepare, calibrate, round by GPTQ if asked."""
+        """Equalize and reorder if asked, plan, prepare, calibrate, round by GPTQ if asked."""
 
         def work(scratch: Path) -> Any:
             model, batches = self.float_model(), section.calibration.batches
-            equalized = self._equalize(model, section)
+            equalized, reordered = self._equalize(model, section), self._reorder(model, section)
             model = self._prepared(section, model)
             with self.progress.bar("calibration batches", batches) as advance:
                 qt.calibrate(model, self._calibration(section), batches=batches, progress=lambda done: advance())
             rounded = self._gptq(model, section)
             save_tensors(model.state_dict(), self.folder / self.state_file(section, PTQ))
-            return {"plan": model.qatana_plan.to_dict(), "equalized": equalized, "gptq": rounded}
+            return {
+                "plan": model.qatana_plan.to_dict(),
+                "equalized": equalized,
+                "reordered": reordered,
+                "gptq": rounded,
+            }
 
         rounding = section.gptq.model_dump() if isinstance(section.gptq, Gptq) else section.gptq or None
-        asked = {"equalize": section.equalize, "gptq": rounding}
+        asked = {"equalize": section.equalize, "reorder": section.reorder, "gptq": rounding}
         inputs = {
             "float": self.float_(),
             "recipe": self.job.recipe(section).to_dict(),
@@ -288,6 +293,14 @@ class Run:
                 progress=lambda done: advance(),
             )
         self.progress.say(f"{section.name}: channels of {len(found)} tensors equalized")
+        return [row._asdict() for row in found]
+
+    def _reorder(self, model: nn.Module, section: RecipeSection) -> list[dict[str, Any]]:
+        """Sort the channels of a float model in place where the recipe asks for it; what was found."""
+        if section.reorder is None:
+            return []
+        found = qt.reorder(model, self._calibration(section), group=section.reorder)
+        self.progress.say(f"{section.name}: channels of {len(found)} tensors reordered")
         return [row._asdict() for row in found]
 
     def _gptq(self, model: nn.Module, section: RecipeSection) -> list[dict[str, Any]]:

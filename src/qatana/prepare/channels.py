@@ -30,13 +30,19 @@ class Producer:
     makers     its parameters, or views of them, whose last dimension are the channels
     consumers  name -> view [channels, outputs] of a weight that multiplies the channels
     largest    max|x| of each channel over all that was run, float32
-    free       whether nothing else reads the channels"""
+    power      sum of x^2 of each channel over all that was run, float32
+    free       whether nothing else reads the channels
+    others     names of further producers of the same channels, and
+    joined     the one that this is one of (`Orders`)"""
 
     name: str
     makers: list[Tensor]
     consumers: dict[str, Tensor] = field(default_factory=dict)
     largest: Tensor = field(default_factory=lambda: torch.zeros(()))
+    power: Tensor = field(default_factory=lambda: torch.zeros(()))
     free: bool = True
+    others: list[str] = field(default_factory=list)
+    joined: Producer | None = None
 
 
 class Channels(TorchDispatchMode):
@@ -93,15 +99,16 @@ class Channels(TorchDispatchMode):
     def _linear(self, places: tuple[int | None, int, int], args: Any, tensors: list[Tensor], result: Tensor) -> None:
         x, weight = args[places[1]], args[places[2]]
         bias = None if places[0] is None else args[places[0]]
-        name, producer = self._use(weight), self._tags.get(x)
+        name, producer = self._use(weight), self._producer(x)
         known = name and self._whole[name] and (bias is None or (self._use(bias) and bias.ndim == 1))
         if not known:
             self._other(tensors)
             return
         if producer is not None:
             producer.consumers[name] = weight
-            largest = x.detach().float().abs().flatten(0, -2).amax(0)
-            producer.largest = torch.maximum(producer.largest, largest)
+            rows = x.detach().float().flatten(0, -2)
+            producer.largest = torch.maximum(producer.largest, rows.abs().amax(0))
+            producer.power = producer.power + rows.square().sum(0)
         self._make(name, [weight] if bias is None else [weight, bias], result)
 
     def _norm(self, parameters: list[Tensor | None], tensors: list[Tensor], result: Tensor) -> None:
@@ -130,6 +137,12 @@ class Channels(TorchDispatchMode):
         """The parameter that a tensor is, or is a view of."""
         return self._names.get(x.untyped_storage().data_ptr(), "")
 
+    def _producer(self, x: Tensor) -> Producer | None:
+        producer = self._tags.get(x)
+        while producer is not None and producer.joined is not None:
+            producer = producer.joined
+        return producer
+
     def _use(self, x: Tensor) -> str:
         name = self._name(x)
         self._uses[name] = self._uses.get(name, 0) + 1
@@ -145,7 +158,7 @@ class Channels(TorchDispatchMode):
             self._spoil(x)
 
     def _spoil(self, x: Tensor) -> None:
-        producer = self._tags.get(x)
+        producer = self._producer(x)
         if producer is not None:
             producer.free = False
 
@@ -154,3 +167,41 @@ class Channels(TorchDispatchMode):
         for x in tensors:
             self._spoil(x)
             self._spoiled |= {self._name(x)} - {""}
+
+
+class Orders(Channels):
+    """Follows the order of channels: a function of single elements keeps it, and one of two tensors wants the same order in both."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.pointwise not in func.tags or func.overloadpacket in SAME:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        result = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor) and x.ndim]
+        self._pointwise(tensors, result)
+        return result
+
+    def _norm(self, parameters: list[Tensor | None], tensors: list[Tensor], result: Tensor) -> None:
+        """A norm takes its channels as they come, in one order with its weight's."""
+        self._other(tensors)
+
+    def _pointwise(self, tensors: list[Tensor], result: Any) -> None:
+        """One number for all channels of a row has no order; a tensor whose order is not known keeps the others in theirs."""
+        ordered = [x for x in tensors if x.shape[-1] != 1]
+        producers = [p for p in map(self._producer, ordered) if p is not None]
+        if len(producers) < len(ordered) or not isinstance(result, Tensor):
+            self._other(tensors)
+        elif producers:
+            for producer in producers[1:]:
+                self._join(producers[0], producer)
+            self._pass(ordered[0], result)
+
+    def found(self) -> list[Producer]:
+        return [p for p in super().found() if p.joined is None]
+
+    @staticmethod
+    def _join(whole: Producer, part: Producer) -> None:
+        if part is not whole:
+            part.joined, whole.free = whole, whole.free and part.free
+            whole.makers += part.makers
+            whole.consumers |= part.consumers
+            whole.others += [part.name, *part.others]

@@ -71,9 +71,9 @@ def norm_weights(model: nn.Module) -> list[nn.Parameter]:
     found: dict[int, nn.Parameter] = {}
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        named = type(module).__name__.endswith(("LayerNorm", "RMSNorm"))
-        trained = isinstance(weight, nn.Parameter) and weight.ndim == 1 and weight.requires_grad
-        if named and trained and _multiplies(module, weight):
+        if not (type(module).__name__.endswith(("LayerNorm", "RMSNorm")) and isinstance(weight, nn.Parameter)):
+            continue
+        if weight.ndim == 1 and weight.requires_grad and _multiplies(module, weight):
             found[id(weight)] = weight
     return list(found.values())
 

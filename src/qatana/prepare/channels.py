@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from qatana.batch import check_finite, move, split_inputs
+from qatana.errors import DataError
 
 aten = torch.ops.aten
 SAME = {
@@ -70,6 +74,25 @@ class Channels(TorchDispatchMode):
         self._spoiled |= {name for name, uses in self._uses.items() if uses > 1}
         self._tags.clear()
         return outputs
+
+    def follow_all(
+        self, loader: Iterable[Any], batches: int | None, progress: Callable[[int], None] | None, what: str
+    ) -> tuple[Any, Any, list[Tensor]]:
+        """Run the model on some batches; returns the first one's arguments and outputs. Raises: DataError for no batch, NaN, infinity."""
+        first, device = None, next(self._model.parameters()).device
+        for seen, batch in enumerate(loader):
+            if batches is not None and seen >= batches:
+                break
+            args, kwargs = split_inputs(batch, self._model)
+            check_finite(kwargs or args, seen)
+            args, kwargs = move((args, kwargs), device)
+            outputs = self.follow(args, kwargs)
+            first = (args, kwargs, outputs) if first is None else first
+            if progress is not None:
+                progress(seen + 1)
+        if first is None:
+            raise DataError(f"{what} got no batch; check the data path, the split and the batch size")
+        return first
 
     def found(self) -> list[Producer]:
         """Those whose channels can take a factor: read by weights alone, every parameter at work in one place only."""

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from qatana.batch import check_finite, evaluating, move, split_inputs
-from qatana.errors import DataError, ModelError
+from qatana.batch import evaluating
+from qatana.errors import ModelError
 from qatana.prepare.channels import Channels, Producer
 
 
@@ -54,20 +54,9 @@ def equalize(
         raise ValueError(f"strength {strength} is not between 0 and 1")
     if getattr(model, "qatana_plan", None) is not None:
         raise ModelError(f"{type(model).__name__} is quantized already; equalize the float model, before qatana.plan")
-    channels, first, device = Channels(model), None, next(model.parameters()).device
+    channels = Channels(model)
     with torch.no_grad(), evaluating(model):
-        for seen, batch in enumerate(loader):
-            if batches is not None and seen >= batches:
-                break
-            args, kwargs = split_inputs(batch, model)
-            check_finite(kwargs or args, seen)
-            args, kwargs = move((args, kwargs), device)
-            outputs = channels.follow(args, kwargs)
-            first = (args, kwargs, outputs) if first is None else first
-            if progress is not None:
-                progress(seen + 1)
-        if first is None:
-            raise DataError("equalization got no batch; check the data path, the split and the batch size")
+        first = channels.follow_all(loader, batches, progress, "equalization")
         made = [(producer, _factors(producer, strength)) for producer in channels.found()]
         for producer, factors in made:
             _move(producer, factors)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from qatana.batch import check_finite, evaluating, move, split_inputs
-from qatana.errors import DataError, ModelError
+from qatana.batch import evaluating
+from qatana.errors import ModelError
 from qatana.prepare.channels import Orders, Producer
 
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -66,20 +66,9 @@ def reorder(
         raise ValueError(f"group {group} is below 2: a scale for each channel suits any order")
     if getattr(model, "qatana_plan", None) is not None:
         raise ModelError(f"{type(model).__name__} is quantized already; reorder the float model, before qatana.plan")
-    orders, first, device = Orders(model), None, next(model.parameters()).device
+    orders = Orders(model)
     with torch.no_grad(), evaluating(model):
-        for seen, batch in enumerate(loader):
-            if batches is not None and seen >= batches:
-                break
-            args, kwargs = split_inputs(batch, model)
-            check_finite(kwargs or args, seen)
-            args, kwargs = move((args, kwargs), device)
-            outputs = orders.follow(args, kwargs)
-            first = (args, kwargs, outputs) if first is None else first
-            if progress is not None:
-                progress(seen + 1)
-        if first is None:
-            raise DataError("reordering got no batch; check the data path, the split and the batch size")
+        first = orders.follow_all(loader, batches, progress, "reordering")
         made = [(producer, *_order(producer, group)) for producer in orders.found() if len(producer.power) > group]
         made = [(producer, order, error) for producer, order, error in made if error < WORTH]
         for producer, order, _ in made:

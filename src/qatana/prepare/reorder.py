@@ -22,8 +22,8 @@ from qatana.errors import ModelError
 from qatana.prepare.channels import Orders, Producer
 
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""How far outputs may move, as a share of their norm: some hundred units of the last place, far above what sums in another order make of some
-dozens of layers, and far below what an order that does not fit makes, which is about the norm."""
+"""How far outputs may move, as a share of their norm: some hundred units of the last place, far above what sums in another order
+make in some dozens of layers, and far below what an order that does not fit makes, which is about the norm."""
 
 WORTH = 0.99
 """Orders that gain less than a hundredth are left: among channels of one size any order is the best, by rounding."""

@@ -66,8 +66,8 @@ NormWeight = tuple[nn.Parameter, Tensor]
 def norm_weights(model: nn.Module) -> list[nn.Parameter]:
     """The trainable weights of layer norms and RMS norms that multiply the channels, each once.
 
-    Of modules whose class is called so, told by what they compute: with all weights 0 the output no longer depends on the input. Gemma's norms, which
-    multiply by 1 + weight, are not among them."""
+    Of modules whose class is called so, told by what they compute: with all weights 0 the output no longer depends on the input. Gemma's
+    norms, which multiply by 1 + weight, are not among them."""
     found: dict[int, nn.Parameter] = {}
     for module in model.modules():
         weight = getattr(module, "weight", None)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.contestants import BFLOAT16, CONTESTANTS, FLOAT, W4A8, W8A8, W8A8_BFLOAT16
+from benchmarks.contestants import BFLOAT16, CONTESTANTS, FLOAT, LAYERS, LAYERS_BFLOAT16, W4A8, W8A8, W8A8_BFLOAT16
 
 Found = Mapping[str, Mapping[str, Any]]
 
@@ -30,12 +30,16 @@ PEERS = tuple(name for name, contestant in CONTESTANTS.items() if contestant.pee
 
 
 def bars(model: str) -> list[Bar]:
-    """The bars of a model. Ahead of a peer: the step of W8A8 in float32 takes less than the peer's."""
+    """The bars of a model: for every operator in integers, and for the layers alone. Ahead of a peer: the step of W8A8 in float32 takes
+    less than the peer's."""
     plain, half, against_half = _STEP[model]
-    found = [Bar(model, "step", W8A8, FLOAT, plain), Bar(model, "step", W8A8_BFLOAT16, FLOAT, half)]
-    found += [Bar(model, "step", W8A8_BFLOAT16, BFLOAT16, against_half)] if against_half else []
-    found += [Bar(model, "step", W4A8, W8A8, BLOCKS), *(Bar(model, "step", W8A8, peer, 1.0) for peer in PEERS)]
-    return [*found, Bar(model, "saved", W8A8, FLOAT, _SAVED[model]), Bar(model, "peak", W8A8, FLOAT, 1.0)]
+    found = []
+    for who, with_half in ((W8A8, W8A8_BFLOAT16), (LAYERS, LAYERS_BFLOAT16)):
+        found += [Bar(model, "step", who, FLOAT, plain), Bar(model, "step", with_half, FLOAT, half)]
+        found += [Bar(model, "step", with_half, BFLOAT16, against_half)] if against_half else []
+        found += [Bar(model, "step", W4A8, who, BLOCKS), *(Bar(model, "step", who, peer, 1.0) for peer in PEERS)]
+        found += [Bar(model, "saved", who, FLOAT, _SAVED[model]), Bar(model, "peak", who, FLOAT, 1.0)]
+    return found
 
 
 def judge(bar: Bar, found: Found) -> dict[str, Any]:

@@ -14,7 +14,9 @@ from torch import nn
 from benchmarks.models import Shape
 
 FLOAT, BFLOAT16 = "float32", "bfloat16"
-W8A8, W8A8_BFLOAT16, W4A8, W4 = "qatana-w8a8", "qatana-w8a8-bfloat16", "qatana-w4a8", "qatana-w4"
+W8A8, W8A8_BFLOAT16 = "qatana-w8a8", "qatana-w8a8-bfloat16"
+LAYERS, LAYERS_BFLOAT16 = "qatana-w8a8-layers", "qatana-w8a8-layers-bfloat16"
+W4A8, W4 = "qatana-w4a8", "qatana-w4"
 BLOCK = 128
 
 
@@ -43,6 +45,10 @@ CONTESTANTS = {
         Contestant(BFLOAT16, "bfloat16 autocast", autocast=True),
         Contestant(W8A8, "qatana W8A8", "qatana", "w8a8"),
         Contestant(W8A8_BFLOAT16, "qatana W8A8, bfloat16 gradients", "qatana", "w8a8", autocast=True),
+        Contestant(LAYERS, "qatana W8A8, layers alone", "qatana", "w8a8-layers"),
+        Contestant(
+            LAYERS_BFLOAT16, "qatana W8A8, layers alone, bfloat16 gradients", "qatana", "w8a8-layers", autocast=True
+        ),
         Contestant(W4A8, f"qatana W4A8, blocks of {BLOCK}", "qatana", "w4a8"),
         Contestant(W4, f"qatana W4, blocks of {BLOCK}", "qatana", "w4"),
         Contestant("torchao", "torchao W8A8", "torchao"),
@@ -76,17 +82,21 @@ def _qatana(model: nn.Module, recipe: str, shape: Shape, batch: Any) -> tuple[nn
 
 
 def _recipe(name: str) -> Any:
-    """w8a8  static, every operator that ONNX Runtime computes in integers
-    w4a8   4-bit weights in blocks, inputs with a scale per token; convolutions' weights per channel and inputs per tensor
-    w4     4-bit weights in blocks (convolutions': per channel), nothing else"""
+    """w8a8         static, every operator that ONNX Runtime computes in integers
+    w8a8-layers  what the peers quantize: Linears, 8-bit weights per row, inputs with a scale per token; convolutions' weights per channel
+                 and inputs per tensor; embeddings
+    w4a8         the same with 4-bit weights in blocks (convolutions': per channel), embeddings in float
+    w4           4-bit weights in blocks (convolutions': per channel), nothing else"""
     import qatana as qt
 
     if name == "w8a8":
         return qt.recipe("ort:int8")
-    weight, inputs = {"weight": f"int4/group{BLOCK}"}, {"input": "int8/token"}
-    found = qt.recipe("torch").rule(type="Linear", **weight, **(inputs if name == "w4a8" else {}))
-    found = found.rule(type="Conv*", weight="int4/channel", **({"input": "int8"} if name == "w4a8" else {}))
-    return found.rule(type="Embedding", weight=None)
+    eight = name == "w8a8-layers"
+    linear, conv = ("int8/channel", "int8/channel") if eight else (f"int4/group{BLOCK}", "int4/channel")
+    per_token, per_tensor = ({}, {}) if name == "w4" else ({"input": "int8/token"}, {"input": "int8"})
+    found = qt.recipe("torch").rule(type="Linear", weight=linear, **per_token)
+    found = found.rule(type="Conv*", weight=conv, **per_tensor)
+    return found.rule(type="Embedding", weight="int8/channel" if eight else None)
 
 
 def autocast(contestant: Contestant) -> torch.dtype | None:

@@ -120,9 +120,16 @@ def job(found: Result) -> str:
     if spread:
         parts.append(f"Means over the seeds {', '.join(map(str, found['seeds']))}, ± one standard deviation.")
     parts += _beyond_nearest(key, by_name)
-    parts.append("Seconds: " + ", ".join(f"{stage} {value:.0f}" for stage, value in found["seconds"].items()) + ".")
+    parts.append("; ".join(_seconds(found[key], title) for key, title in SECONDS.items() if key in found) + ".")
     parts += [found["note"]] if "note" in found else []
     return "\n\n".join([*parts, *machine(found)])
+
+
+SECONDS = {"seconds": "Seconds", "made": "of these"}
+
+
+def _seconds(found: dict[str, float], title: str) -> str:
+    return f"{title}: " + ", ".join(f"{stage} {value:.0f}" for stage, value in found.items())
 
 
 def machine(found: Result) -> list[str]:

@@ -34,7 +34,7 @@ def main(folder: Path) -> None:
         for name, model in models.items():
             with torch.inference_mode():
                 out = model.generate(ids, max_new_tokens=24, do_sample=False, use_cache=True)
-            print(f"  {name:12}{tokenizer.decode(out[0, ids.shape[1] :]).strip()!r}")
+            print(f"  {name:21}{tokenizer.decode(out[0, ids.shape[1] :]).strip()!r}")
 
 
 if __name__ == "__main__":

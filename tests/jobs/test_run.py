@@ -79,11 +79,14 @@ def summary(folder: Path) -> dict[str, Any]:
 def check_files(folder: Path) -> None:
     """summary.json has the agreed form, and what it says holds of the files."""
     found = summary(folder)
-    assert set(found) == {"rows", "parity", "drift", "labels", "seconds", "machine", "versions"}
+    assert set(found) == {"rows", "parity", "drift", "labels", "seconds", "made", "machine", "versions"}
     assert set(found["machine"]) == {"processor", "isa", "threads"}
     assert found["versions"]["torch"] == version("torch")
     assert set(found["seconds"]) == {"float", "ptq", "qat", "export", "verify"}
     assert all(seconds > 0 for seconds in found["seconds"].values())
+    for phase in ("ptq", "qat"):  # of all recipes, and of each: rounded to hundredths
+        alone = [seconds for name, seconds in found["made"].items() if name.endswith(phase)]
+        assert sum(alone) == pytest.approx(found["seconds"][phase], abs=0.01 * (1 + len(alone)))
     rows = {(row["name"], row["engine"]): row for row in found["rows"]}
     assert set(rows) == {
         ("float", "torch"), ("float", "onnxruntime"),

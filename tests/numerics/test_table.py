@@ -35,7 +35,7 @@ def test_ids_of_32_bits() -> None:
 
 @pytest.mark.parametrize("count", [2, 500], ids=["few rows", "most pages"])
 def test_gradient_of_a_large_table(count: int) -> None:
-    """12 MB: zeros come from the system for a few rows, from torch for many; repeated ids add up in both."""
+    """12 MB: zeros come from the system for a few rows, from memory used before for many; repeated ids add up in both."""
     torch.manual_seed(0)
     table, ids = torch.randn(3000, 1024, requires_grad=True), torch.randint(3000, (count,)).repeat(2)
     ours, theirs = (
@@ -63,6 +63,42 @@ def test_zeros_are_zeros_of_their_own() -> None:
     assert float(b.abs().max()) == 0
     del a
     assert not workspace.zeros(shape, torch.device("cpu")).any()
+
+
+def test_zeros_again_takes_the_memory_of_a_tensor_that_is_gone() -> None:
+    """Never that of one that lives, by whatever view; what was written there before is cleared."""
+    shape, device = (1 << 12, 1 << 10), torch.device("cpu")
+    workspace.clear()
+    a = workspace.zeros_again(shape, device)
+    a += 1
+    place, row = a.data_ptr(), a[7]
+    del a
+    b = workspace.zeros_again(shape, device)  # row holds the memory of a
+    assert b.data_ptr() != place
+    assert float(row.sum()) == row.numel()
+    assert not b.any()
+    place = b.add_(3).data_ptr()
+    del b
+    c = workspace.zeros_again(shape, device)
+    assert c.data_ptr() == place
+    assert not c.any()
+    workspace.clear()
+    assert not c.any()  # it keeps its memory
+
+
+def test_the_gradient_of_each_step_lies_where_the_last_one_did() -> None:
+    table = torch.nn.Parameter(torch.randn(3000, 1024))
+    ids, places = torch.randint(3000, (500,)), set()
+    for _ in range(3):
+        table_rows(table, ids).sum().backward()
+        assert table.grad is not None
+        assert torch.equal(table.grad.sum(1), ids.bincount(minlength=3000) * 1024.0)
+        places.add(table.grad.data_ptr())
+        table.grad = None
+    assert len(places) == 1
+    table_rows(table, ids).sum().backward()
+    table_rows(table, ids).sum().backward()  # added to the gradient that is there
+    assert torch.equal(table.grad.sum(1), 2 * ids.bincount(minlength=3000) * 1024.0)
 
 
 def test_operator_is_proper() -> None:

@@ -27,7 +27,7 @@ def write(job: Job, results: Sequence[Results], folder: Path, layers: dict[str, 
     rows, spread = averaged(list(results))
     summary = first.summary() | {"rows": rows}
     if spread:
-        summary |= {key: total(getattr(r, key) for r in results) for key in ("parity", "drift", "seconds")}
+        summary |= {key: total(getattr(r, key) for r in results) for key in ("parity", "drift", "seconds", "made")}
         summary["labels"] = {name: total(r.labels[name] for r in results) for name in first.labels}
         summary |= {"seeds": list(job.seeds), "spread": spread}
     summary["machine"] = {"processor": processor(), "isa": isa(), "threads": threads()}

@@ -41,7 +41,8 @@ class Results:
 
     scores     "name engine" -> Score;  certificates: {verdict, text, parity, drift, certificate} per deployed file and engine
     parity     codes layer by layer, labels of the QAT models against their files in their own engine;  drift  codes end to end
-    labels     "name engine" -> {compared, different}: labels of a file in an engine against those of its QAT model"""
+    labels     "name engine" -> {compared, different}: labels of a file in an engine against those of its QAT model
+    seconds    of all stages of a kind;   made  of the calibration (NAME-ptq) and the training (NAME-qat) of each recipe alone"""
 
     metric: str
     key: str
@@ -54,6 +55,7 @@ class Results:
     drift: dict[str, int]
     labels: dict[str, dict[str, int]]
     seconds: dict[str, float]
+    made: dict[str, float]
     versions: dict[str, str] = field(default_factory=dict)
     shown: dict[str, Any] = field(default_factory=dict)
 
@@ -66,7 +68,7 @@ class Results:
         """The content of summary.json."""
         return {
             "rows": self.rows, "parity": self.parity, "drift": self.drift, "labels": self.labels,
-            "seconds": {k: round(v, 2) for k, v in self.seconds.items()},
+            **{key: {k: round(v, 2) for k, v in getattr(self, key).items()} for key in ("seconds", "made")},
         }  # fmt: skip
 
 
@@ -87,7 +89,7 @@ def collect(run: Run) -> Results:
     return Results(
         run.task.metric, run.task.key, rows, scores, _curves(run), _plans(run), certificates,
         _parity(run, certificates, labels), total(entry["drift"] for entry in certificates), labels,
-        _seconds(run), run.stages.versions, run.task.shown,
+        _seconds(run), _made(run), run.stages.versions, run.task.shown,
     )  # fmt: skip
 
 
@@ -223,6 +225,13 @@ def _seconds(run: Run) -> dict[str, float]:
         if key:
             found[key] += record.seconds
     return found
+
+
+def _made(run: Run) -> dict[str, float]:
+    """As `_seconds`, of each recipe's models: what a training costs behind its calibration."""
+    records, names = run.stages.records, [section.name for section in run.job.recipes]
+    kinds = [(f"{name}-{phase}", f"{name}.{phase}") for name in names for phase in (PTQ, QAT)]
+    return {shown: records[stage].seconds for shown, stage in kinds if stage in records}
 
 
 def averaged(results: list[Results]) -> tuple[list[Row], dict[str, float]]:

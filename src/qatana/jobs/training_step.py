@@ -104,13 +104,17 @@ class TrainingStep:
         return sum(event.self_cpu_memory_usage for event in found.key_averages())
 
     def peak_bytes(self) -> int | None:
-        """How far a step raises the resident memory of the process above what it is between steps, without gradients (Linux; else None).
-        The median of a few steps: how much the C library's heap keeps of what was freed differs by a quarter from one to the next."""
+        """How far a step raises the resident memory of the process above what it is before, without gradients and without the buffers that
+        qatana keeps from one step for the next: they are part of what a step needs (Linux; else None). The median of a few steps: how much
+        the C library's heap keeps of what was freed differs by a quarter from one to the next."""
         found = [peak for peak in (self._peak() for _ in range(PEAKS)) if peak is not None]
         return int(median(found)) if found else None
 
     def _peak(self) -> int | None:
         self.optimizer.zero_grad()
+        buffers = sys.modules.get("qatana.numerics.workspace")
+        if buffers is not None:
+            buffers.clear()
         gc.collect()
         _trim()
         before = _status("VmRSS")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qatana.numerics.workspace import LARGE, zeros
+from qatana.numerics.workspace import LARGE, zeros, zeros_again
 
 
 @torch.library.custom_op("qatana::table_rows", mutates_args=())
@@ -32,7 +32,7 @@ def _gradient(grad: Tensor, ids: Tensor, rows: int, padding: int) -> Tensor:
     shape = (rows, grad.shape[-1])
     if len(used) * LARGE > rows * grad.shape[-1] * grad.itemsize:
         # About half of the large pages or more would be touched and cleared: memory that was used before is faster.
-        return torch.zeros(shape, device=grad.device).index_copy_(0, used.long(), found)
+        return zeros_again(shape, grad.device).index_copy_(0, used.long(), found)
     return zeros(shape, grad.device).index_copy_(0, used.long(), found)
 
 

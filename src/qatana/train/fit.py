@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from qatana.errors import DataError, nearest
+from qatana.numerics import workspace
 from qatana.quantizer import quantizers
 from qatana.train.checkpoint import Checkpoint, find, model_tensors, restore_model
 from qatana.train.code_units import CodeUnits
@@ -61,6 +62,7 @@ def fit(
     finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(was_trainable[name])
+        workspace.clear()  # buffers of steps, which nobody needs before the next training
     model.eval()
     return run.history
 
